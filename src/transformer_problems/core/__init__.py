@@ -1,0 +1,1 @@
+"""The ground floor: errors, slots, records, seeding, optional dependencies."""

@@ -1,0 +1,78 @@
+"""Every error this package raises, in one tree.
+
+TransformerProblemsError
+├── ArgumentError (ValueError)          a parameter breaks a rule
+│   ├── UnknownNameError                a name nobody has; the nearest ones are listed
+│   ├── SequenceTooLongError            longer than a fixed-length method allows
+│   └── CombinationError                two parts that do not fit each other
+├── MissingDependencyError (ImportError) an optional package is not installed
+├── DeviceError                         a device that this machine does not have
+├── ContractError (AssertionError)      a module breaks the contract of its slot
+├── OutputError                         a folder or file that cannot be written
+└── StoreError                          a results file that cannot be used
+    ├── StoreVersionError               written by another version
+    └── StoreCorruptedError             truncated, damaged, or no results file at all
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TransformerProblemsError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ArgumentError(TransformerProblemsError, ValueError):
+    """A parameter breaks a rule; the message names it, the rule, the value and the remedy."""
+
+
+class UnknownNameError(ArgumentError):
+    """A name that is not among the known ones.
+
+    Args:
+        kind: What was looked up, e.g. "problem".
+        name: The name received.
+        known: Every name that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name = kind, name
+        self.nearest = get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
+        hint = f"Nearest: {', '.join(self.nearest)}." if self.nearest else "See `transformer-problems list`."
+        super().__init__(f"unknown {kind} {name!r}. {hint}")
+
+
+class SequenceTooLongError(ArgumentError):
+    """An input longer than a method of fixed length allows."""
+
+
+class CombinationError(ArgumentError):
+    """Two parts that cannot work together."""
+
+
+class MissingDependencyError(TransformerProblemsError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class DeviceError(TransformerProblemsError):
+    """A device was asked for that this machine does not have."""
+
+
+class ContractError(TransformerProblemsError, AssertionError):
+    """A module breaks the contract of the slot it was checked for."""
+
+
+class OutputError(TransformerProblemsError):
+    """Results or pages cannot be written where they were asked for."""
+
+
+class StoreError(TransformerProblemsError):
+    """A results file cannot be used."""
+
+
+class StoreVersionError(StoreError):
+    """A results file was written by another version of the store."""
+
+
+class StoreCorruptedError(StoreError):
+    """A results file is truncated, damaged, or not a results file."""

@@ -1,0 +1,167 @@
+"""Slots: the places where a treatment replaces a part of a Transformer.
+
+A slot is a small Protocol. Anything that satisfies it fits, from this package or not;
+`transformer_problems.testing` holds the contract of each slot as runnable checks.
+
+Shape letters: B batch, N query tokens, M key tokens, H query heads, G key/value heads, D head dim, C model width.
+"""
+
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class PositionEncoding(nn.Module):
+    """How a model learns where a token stands: three hooks, each doing nothing unless overridden.
+
+    Positions are explicit tensors `[N]` or `[..., N]`, so offsets, scaling, random positions and packed
+    sequences need no special cases. Leading dimensions of positions are those of the hidden states or heads
+    without H: `q` `[..., H, N, D]` goes with positions `[..., N]`, and a bias comes back as `[..., H, N, M]`.
+
+    Class attributes:
+        embeds: The encoding adds to the embeddings, so it belongs to the model, which calls `embed` once.
+        attends: The encoding acts inside attention (`rotate`, `bias`), so it belongs to `SelfAttention`.
+        biases: `bias` returns something, so the attention op must accept a bias.
+        streams: False where the encoding of a token depends on the final length, so no cache can hold it.
+    """
+
+    embeds: bool = False
+    attends: bool = False
+    biases: bool = False
+    streams: bool = True
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings with positions mixed in. x: [..., N, C]; positions: [..., N]; output as x."""
+        return x
+
+    def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their positions. q: [..., H, N, D]; k: [..., G, M, D]."""
+        return q, k
+
+    def bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor | None:
+        """Term added to the scaled scores, [..., H, N, M] (H may be 1). q: [..., H, N, D] before rotation."""
+        return None
+
+
+class PositionBias:
+    """An additive score bias that is computed only for the queries and keys an op asks for.
+
+    Args:
+        encoding: The position encoding whose `bias` hook is asked.
+        q: [..., H, N, D], before rotation.
+        q_positions: [N] or [..., N].
+        k_positions: [M] or [..., M].
+    """
+
+    def __init__(
+        self, encoding: PositionEncoding, q: Tensor, q_positions: Tensor, k_positions: Tensor
+    ) -> None:
+        self.encoding, self.q, self.q_positions, self.k_positions = encoding, q, q_positions, k_positions
+
+    def dense(self) -> Tensor:
+        """The whole bias, [..., H, N, M]: quadratic memory, for ops that hold all scores anyway."""
+        return self._bias(self.q, self.q_positions, self.k_positions)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """The bias of one rectangle of the score matrix, [..., H, rows, columns]."""
+        return self._bias(self.q[..., rows, :], self.q_positions[..., rows], self.k_positions[..., columns])
+
+    def blocks(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The bias of many blocks at once.
+
+        Shape:
+            rows: [T, n] query indices of each block; columns: [T, m] key indices of each block.
+            output: [..., T, H, n, m]: blocks are a batch dimension before the heads.
+        """
+        q = self.q[..., rows, :].movedim(-4, -3)  # [..., H, T, n, D] -> [..., T, H, n, D]
+        return self._bias(q, self.q_positions[..., rows], self.k_positions[..., columns])
+
+    def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        bias = self.encoding.bias(q, q_positions, k_positions)
+        assert bias is not None, "PositionBias wraps an encoding whose `biases` is False"
+        return bias
+
+
+class AttentionOp(Protocol):
+    """Mixes values by queries and keys; knows nothing of projections.
+
+    Shape:
+        q: [..., H, N, D]; k, v: [..., G, M, D] with H a multiple of G; output: [..., H, N, D].
+        mask: bool, True may attend, broadcastable to [..., H, N, M]; ops that never form N x M scores take
+        key masks [..., 1, 1, M] only and raise ArgumentError for others.
+
+    With `is_causal` the queries are the last N of the M tokens: query i sees keys up to i + M - N.
+    A query that may attend to nothing gets zeros. Optional attributes, read with these defaults:
+    `accepts_bias = True`, `accepts_causal = True`, and `lookback = None`: the number of keys before a query's
+    own that it can ever see under `is_causal` (None: all), which lets a cache forget the rest.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: PositionBias | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor: ...
+
+
+class StreamingOp(AttentionOp, Protocol):
+    """An attention op that needs no key/value cache because its past fits a state of its own."""
+
+    def initial_state(self, batch_size: int) -> Any: ...
+
+    def stream(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+class State(Protocol):
+    """What a streaming mixer carries from chunk to chunk; never changed in place as seen from outside."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by name."""
+        ...
+
+    def detach(self) -> Self:
+        """The same state without its gradient history."""
+        ...
+
+
+class TokenMixer(Protocol):
+    """Moves information between tokens: attention or what stands in its place.
+
+    Shape:
+        x: [B, N, C]; key_mask: [B, N] bool, True for real tokens; positions: [N] or [B, N]; output: [B, N, C].
+
+    `is_causal` says whether token i sees only tokens up to i: decoders require True, encoders False.
+    """
+
+    is_causal: bool
+
+    def __call__(
+        self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class StreamingMixer(TokenMixer, Protocol):
+    """A token mixer that also takes its sequence in chunks.
+
+    Chunks of any sizes, concatenated, give exactly what the mixer gives for the whole sequence.
+    The state passed in stays valid, so one prefix can be continued in several ways.
+    """
+
+    def initial_state(self, batch_size: int) -> Any: ...
+
+    def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+def token_positions(num_tokens: int, device: torch.device, *, start: int = 0) -> Tensor:
+    """The default positions of a sequence: start, start + 1, ..."""
+    return torch.arange(start, start + num_tokens, device=device)

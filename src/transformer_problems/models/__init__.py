@@ -1,0 +1,1 @@
+"""Whole networks assembled from the library's parts."""

@@ -1,0 +1,130 @@
+"""Token embedding, a stack of layers and a final norm: the body that decoder and encoder share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.slots import PositionEncoding, TokenMixer, token_positions
+from transformer_problems.models.block import TransformerBlock
+
+MixerFactory = Callable[[], TokenMixer]
+
+
+class PositionSampler(Protocol):
+    """Chooses the positions of a sequence when the caller gives none; output [N], increasing."""
+
+    def __call__(self, num_tokens: int, device: torch.device, *, training: bool) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StackState:
+    """One state a layer, and how many tokens they have seen."""
+
+    layers: tuple[Any, ...]
+    num_seen: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers)
+
+
+class TransformerStack(nn.Module):
+    """Embeds tokens, adds positions where the encoding does so, and runs the layers.
+
+    Args:
+        vocab_size: V.
+        embed_dim: C.
+        num_layers: L.
+        mixer: Called once a layer; returns that layer's token mixer.
+        is_causal: What every mixer must be.
+        position: An encoding that adds to the embeddings (sinusoidal, learned). Default none.
+        sample_positions: Chooses positions other than 0, 1, 2, ... (randomized positions). Default none.
+
+    Shape:
+        tokens: [B, N] int; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
+
+    Raises:
+        CombinationError: If a mixer's causality or the position encoding does not fit.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        num_layers: int,
+        mixer: MixerFactory,
+        *,
+        is_causal: bool,
+        position: PositionEncoding | None = None,
+        sample_positions: PositionSampler | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_positive(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
+        if position is not None and not position.embeds:
+            name = type(position).__name__
+            raise CombinationError(
+                f"{name} acts inside attention, not on the embeddings. Pass it to the mixer instead: "
+                f"SelfAttention(..., position={name}(...))."
+            )
+        self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = position
+        self.sample_positions = sample_positions
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, _checked(mixer(), is_causal), device=device, dtype=dtype)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    def forward(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        if positions is None:
+            positions = self._positions(tokens.shape[1], tokens.device)
+        x = self._embed(tokens, positions)
+        for block in self.blocks:
+            x = block(x, key_mask=key_mask, positions=positions)
+        y: Tensor = self.norm(x)
+        return y
+
+    def initial_state(self, batch_size: int) -> StackState:
+        if self.sample_positions is not None:
+            raise CombinationError(
+                "positions sampled for the whole sequence cannot be streamed. Call forward on the whole sequence."
+            )
+        return StackState(tuple(block.mixer.initial_state(batch_size) for block in self.blocks))  # type: ignore[operator,union-attr]
+
+    def stream(self, tokens: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+        positions = token_positions(tokens.shape[1], tokens.device, start=state.num_seen)
+        x = self._embed(tokens, positions)
+        layers = []
+        for block, layer_state in zip(self.blocks, state.layers, strict=True):
+            x, layer_state = block.stream(x, layer_state)  # type: ignore[operator]
+            layers.append(layer_state)
+        return self.norm(x), StackState(tuple(layers), state.num_seen + tokens.shape[1])
+
+    def _positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        if self.sample_positions is None:
+            return token_positions(num_tokens, device)
+        return self.sample_positions(num_tokens, device, training=self.training)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        return x if self.position is None else self.position.embed(x, positions)
+
+
+def _checked(mixer: TokenMixer, is_causal: bool) -> TokenMixer:
+    if mixer.is_causal != is_causal:
+        owner, needed = ("Decoder", True) if is_causal else ("Encoder", False)
+        raise CombinationError(
+            f"{owner} needs mixers with is_causal={needed}; {type(mixer).__name__} has "
+            f"is_causal={mixer.is_causal}. Build it with is_causal={needed}."
+        )
+    return mixer

@@ -1,0 +1,1 @@
+"""Attention ops, and the layers that project into them."""

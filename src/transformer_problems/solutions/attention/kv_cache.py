@@ -1,0 +1,116 @@
+"""The keys and values of the tokens seen so far."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Buffer:
+    """Growing storage shared by the caches of one stream; `filled` is where the newest of them ends."""
+
+    k: Tensor  # [B, G, capacity, D]
+    v: Tensor
+    filled: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """An append-only cache that never changes under its holder.
+
+    `append` writes into spare room behind the newest cache and returns a new view, so a token costs amortised
+    constant time; appending to an older cache copies first, so one prefix can be continued in several ways.
+
+    Args:
+        lookback: Keys before a query's own that are ever needed; older ones are dropped. None keeps all.
+
+    Shape:
+        keys, values: [B, G, M, D] with M the tokens held; positions: [M].
+    """
+
+    batch_size: int
+    lookback: int | None = None
+    num_seen: int = 0
+    _buffer: _Buffer | None = None
+    _start: int = 0
+    _end: int = 0
+
+    @classmethod
+    def empty(cls, batch_size: int, *, lookback: int | None = None) -> Self:
+        return cls(batch_size, lookback)
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    @property
+    def keys(self) -> Tensor:
+        return self._held.k[:, :, self._start : self._end]
+
+    @property
+    def values(self) -> Tensor:
+        return self._held.v[:, :, self._start : self._end]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the tokens held: the last of all that were seen."""
+        return torch.arange(self.num_seen - len(self), self.num_seen, device=self._held.k.device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values held, without spare room."""
+        return 0 if self._buffer is None else 2 * self.keys.numel() * self.keys.element_size()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self._buffer is None else {"keys": self.keys, "values": self.values}
+
+    def detach(self) -> Self:
+        if self._buffer is None:
+            return self
+        buffer = _Buffer(self.keys.detach(), self.values.detach(), len(self))
+        return replace(self, _buffer=buffer, _start=0, _end=len(self))
+
+    def append(self, k: Tensor, v: Tensor) -> Self:
+        """The cache with n more tokens. k, v: [B, G, n, D]."""
+        n = k.shape[-2]
+        buffer = self._buffer
+        if k.requires_grad or (buffer is not None and buffer.k.requires_grad):
+            held = (
+                (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
+            )
+            return self._with(_Buffer(*held, len(self) + n), 0, n)
+        if buffer is None or buffer.filled != self._end or buffer.k.shape[2] < self._end + n:
+            buffer, start = self._moved(k, v, len(self) + n), 0
+        else:
+            start = self._start
+        end = start + len(self)
+        buffer.k[:, :, end : end + n] = k
+        buffer.v[:, :, end : end + n] = v
+        buffer.filled = end + n
+        return self._with(buffer, start, n)
+
+    def trimmed(self) -> Self:
+        """The cache without the tokens that no later query can see."""
+        if self.lookback is None or len(self) <= self.lookback:
+            return self
+        return replace(self, _start=self._end - self.lookback)
+
+    def _with(self, buffer: _Buffer, start: int, added: int) -> Self:
+        return replace(
+            self, num_seen=self.num_seen + added, _buffer=buffer, _start=start, _end=start + len(self) + added
+        )
+
+    def _moved(self, k: Tensor, v: Tensor, needed: int) -> _Buffer:
+        """A buffer of at least twice what is needed, with the held tokens at its front."""
+        shape = (*k.shape[:2], 2 * needed, k.shape[-1])
+        moved = _Buffer(k.new_empty(shape), v.new_empty((*shape[:-1], v.shape[-1])), len(self))
+        if self._buffer is not None:
+            moved.k[:, :, : len(self)] = self.keys
+            moved.v[:, :, : len(self)] = self.values
+        return moved
+
+    @property
+    def _held(self) -> _Buffer:
+        assert self._buffer is not None, "an empty cache holds no tensors"
+        return self._buffer

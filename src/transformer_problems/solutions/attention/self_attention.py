@@ -1,0 +1,162 @@
+"""The attention layer: projections around a position encoding and an attention op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_multiple
+from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
+from transformer_problems.solutions.attention.dense import DenseAttention
+from transformer_problems.solutions.attention.kv_cache import KVCache
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose op and position encoding are injected.
+
+    Streaming keeps the keys and values of the past in a cache, or in the op's own state where the op has one
+    (`StreamingOp`); either way chunks of any sizes give what the whole sequence gives.
+
+    Args:
+        embed_dim: C, the model width.
+        num_heads: H, query heads; C must be a multiple of it.
+        num_kv_heads: G, key/value heads, a divisor of H; fewer than H is grouped-query attention. Default H.
+        op: The attention op. Default DenseAttention.
+        position: An encoding that acts inside attention (rotary, ALiBi, relative). Default none.
+        is_causal: Token i sees only tokens up to i.
+        bias: Projections carry a bias term.
+
+    Shape:
+        x: [B, N, C]; key_mask: [B, N]; positions: [N] or [B, N]; output: [B, N, C].
+
+    Raises:
+        CombinationError: If the position encoding or causality does not fit the op.
+        ArgumentError: If the heads do not divide the width.
+
+    Source:
+        Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        op: AttentionOp | None = None,
+        position: PositionEncoding | None = None,
+        is_causal: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
+        require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        self.op = DenseAttention() if op is None else op
+        self.position = position
+        self.is_causal = is_causal
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
+        _check_fit(self.op, position, is_causal)
+        kv_dim = num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        if positions is None:
+            positions = token_positions(x.shape[1], x.device)
+        q, k, v = self._project(x)
+        q_rotated, k_rotated = self._rotate(q, k, positions)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        y = self.op(
+            q_rotated,
+            k_rotated,
+            v,
+            bias=self._bias(q, positions, positions),
+            mask=mask,
+            is_causal=self.is_causal,
+        )
+        return self._merge(y)
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The state before the first token: an empty cache, or the op's own."""
+        if not self.is_causal:
+            raise ArgumentError(
+                "is_causal must be True to stream: a token that sees the future cannot be final."
+            )
+        if self.position is not None and not self.position.streams:
+            raise CombinationError(
+                f"{type(self.position).__name__} depends on the final length, so its past cannot be cached. "
+                "Call forward on the whole sequence, or choose an encoding with fixed scaling."
+            )
+        if hasattr(self.op, "initial_state"):
+            return self.op.initial_state(batch_size)
+        return KVCache.empty(batch_size, lookback=getattr(self.op, "lookback", None))
+
+    def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        positions = token_positions(x.shape[1], x.device, start=state.num_seen)
+        q, k, v = self._project(x)
+        q_rotated, k_rotated = self._rotate(q, k, positions)
+        if not isinstance(state, KVCache):
+            y, state = self.op.stream(q_rotated, k_rotated, v, state)  # type: ignore[attr-defined]
+            return self._merge(y), state
+        state = state.append(k_rotated, v)
+        bias = self._bias(q, positions, state.positions)
+        y = self.op(q_rotated, state.keys, state.values, bias=bias, is_causal=True)
+        return self._merge(y), state.trimmed()
+
+    def extra_repr(self) -> str:
+        kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        return f"num_heads={self.num_heads}{kv}, is_causal={self.is_causal}"
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""
+
+        def heads(y: Tensor, num: int) -> Tensor:
+            return y.unflatten(-1, (num, self.head_dim)).transpose(1, 2)
+
+        return (
+            heads(self.q_proj(x), self.num_heads),
+            heads(self.k_proj(x), self.num_kv_heads),
+            heads(self.v_proj(x), self.num_kv_heads),
+        )
+
+    def _rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.position is None else self.position.rotate(q, k, positions, positions)
+
+    def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> PositionBias | None:
+        if self.position is None or not self.position.biases:
+            return None
+        return PositionBias(self.position, q, q_positions, k_positions)
+
+    def _merge(self, y: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
+        return out
+
+
+def _check_fit(op: AttentionOp, position: PositionEncoding | None, is_causal: bool) -> None:
+    op_name = type(op).__name__
+    if is_causal and not getattr(op, "accepts_causal", True):
+        raise CombinationError(
+            f"{op_name} cannot be causal: it mixes whole sequences. Pass is_causal=False and use it in an encoder."
+        )
+    if position is None:
+        return
+    position_name = type(position).__name__
+    if not position.attends:
+        raise CombinationError(
+            f"{position_name} adds to the embeddings, not inside attention. Pass it to the model instead: "
+            f"Decoder(..., position={position_name}(...))."
+        )
+    if position.biases and not getattr(op, "accepts_bias", True):
+        raise CombinationError(
+            f"{position_name} adds a bias to the scores, which {op_name} never forms. Use RotaryEmbedding, or an "
+            "encoding that is added to the embeddings."
+        )

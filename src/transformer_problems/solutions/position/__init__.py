@@ -1,0 +1,1 @@
+"""Position encodings: what tells a model where a token stands."""

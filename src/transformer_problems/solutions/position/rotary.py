@@ -1,0 +1,56 @@
+"""Rotary position embedding (RoPE), the encoding of most current language models."""
+
+import torch
+from torch import Tensor
+
+from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.slots import PositionEncoding
+
+
+class RotaryEmbedding(PositionEncoding):
+    """Turns pairs of query and key features by an angle proportional to position.
+
+    Feature i is paired with feature i + D/2 and turned by p * base^(-2i/D), so a score depends on the distance
+    of query and key only. Costs O(N * D); angles are computed in float32 whatever the input's dtype.
+
+    Args:
+        head_dim: D, even.
+        base: Longest wavelength over 2 pi, 10,000 in the paper.
+
+    Shape:
+        q: [..., H, N, D]; k: [..., G, M, D]; positions: [..., N] and [..., M]; output: as q and k.
+
+    Source:
+        Su et al. 2021, arXiv:2104.09864, section 3.2.2. Differs from the paper: features are paired by halves,
+        not as neighbours (the layout of Llama's checkpoints; a fixed permutation of the features).
+    """
+
+    attends = True
+
+    def __init__(self, head_dim: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        require_multiple("head_dim", head_dim, "pair size", 2)
+        require_positive(base=base)
+        self.head_dim, self.base = head_dim, base
+
+    def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        inverse_frequency = inverse_frequencies(self.head_dim, self.base, q.device)
+        return turn(q, q_positions, inverse_frequency), turn(k, k_positions, inverse_frequency)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, base={self.base:g}"
+
+
+def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
+    """base^(-2i/D) for i = 0 ... D/2 - 1, [D/2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return base**-exponents
+
+
+def turn(x: Tensor, positions: Tensor, inverse_frequency: Tensor, *, magnitude: float = 1.0) -> Tensor:
+    """x [..., H, N, D] with each half-pair turned by positions [..., N] times its frequency."""
+    angles = positions[..., None].to(inverse_frequency.dtype) * inverse_frequency  # [..., N, D/2]
+    cos = (angles.cos() * magnitude).unsqueeze(-3).to(x.dtype)
+    sin = (angles.sin() * magnitude).unsqueeze(-3).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
