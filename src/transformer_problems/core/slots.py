@@ -6,7 +6,7 @@ A slot is a small Protocol. Anything that satisfies it fits, from this package o
 Shape letters: B batch, N query tokens, M key tokens, H query heads, G key/value heads, D head dim, C model width.
 """
 
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,7 @@ class PositionBias:
         k_positions: [M] or [..., M].
     """
 
-    def __init__(
-        self, encoding: PositionEncoding, q: Tensor, q_positions: Tensor, k_positions: Tensor
-    ) -> None:
+    def __init__(self, encoding: PositionEncoding, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> None:
         self.encoding, self.q, self.q_positions, self.k_positions = encoding, q, q_positions, k_positions
 
     def dense(self) -> Tensor:
@@ -109,6 +107,7 @@ class AttentionOp(Protocol):
     ) -> Tensor: ...
 
 
+@runtime_checkable
 class StreamingOp(AttentionOp, Protocol):
     """An attention op that needs no key/value cache because its past fits a state of its own."""
 
@@ -145,9 +144,7 @@ class TokenMixer(Protocol):
 
     is_causal: bool
 
-    def __call__(
-        self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor: ...
 
 
 class StreamingMixer(TokenMixer, Protocol):

@@ -57,6 +57,7 @@ class Column:
         label: Heading with unit, e.g. "bits/byte at 16x".
         at: The x it is read at; "last" is the largest x measured.
         digits: Significant digits printed.
+        statistic: "mean" of the samples, or the "exponent" p of metric ~ x^p over the largest three octaves of x.
     """
 
     metric: str
@@ -64,6 +65,7 @@ class Column:
     at: float | Literal["last"] | None = None
     better: Literal["lower", "higher"] | None = None
     digits: int = 3
+    statistic: Literal["mean", "exponent"] = "mean"
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,9 +60,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
         self.feed_forward = FeedForward(embed_dim, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), key_mask=key_mask, positions=positions)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y

@@ -53,9 +53,7 @@ class Decoder(nn.Module):
             dtype=dtype,
         )
 
-    def forward(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         return self._logits(self.body(tokens, key_mask=key_mask, positions=positions))
 
     def initial_state(self, batch_size: int) -> StackState:

@@ -50,8 +50,6 @@ class Encoder(nn.Module):
         )
         self.head = nn.Linear(embed_dim, num_outputs or vocab_size, device=device, dtype=dtype)
 
-    def forward(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         y: Tensor = self.head(self.body(tokens, key_mask=key_mask, positions=positions))
         return y

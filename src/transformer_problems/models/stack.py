@@ -74,7 +74,7 @@ class TransformerStack(nn.Module):
                 f"SelfAttention(..., position={name}(...))."
             )
         self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=embed_dim**-0.5)
         self.position = position
         self.sample_positions = sample_positions
         self.blocks = nn.ModuleList(
@@ -83,9 +83,7 @@ class TransformerStack(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
-    def forward(
-        self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         if positions is None:
             positions = self._positions(tokens.shape[1], tokens.device)
         x = self._embed(tokens, positions)
@@ -116,7 +114,8 @@ class TransformerStack(nn.Module):
         return self.sample_positions(num_tokens, device, training=self.training)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x: Tensor = self.embedding(tokens)
+        """Unit-variance embeddings from a table that, when tied to the output, gives logits of order one."""
+        x: Tensor = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         return x if self.position is None else self.position.embed(x, positions)
 
 

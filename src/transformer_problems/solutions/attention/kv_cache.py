@@ -76,9 +76,7 @@ class KVCache:
         n = k.shape[-2]
         buffer = self._buffer
         if k.requires_grad or (buffer is not None and buffer.k.requires_grad):
-            held = (
-                (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
-            )
+            held = (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
             return self._with(_Buffer(*held, len(self) + n), 0, n)
         if buffer is None or buffer.filled != self._end or buffer.k.shape[2] < self._end + n:
             buffer, start = self._moved(k, v, len(self) + n), 0

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
-from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_attention_fit, check_streams
+from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, StreamingOp, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -55,20 +56,18 @@ class SelfAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        self.op = DenseAttention() if op is None else op
+        self.op: AttentionOp = DenseAttention() if op is None else op
         self.position = position
         self.is_causal = is_causal
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
-        _check_fit(self.op, position, is_causal)
+        check_attention_fit(self.op, position, is_causal=is_causal)
         kv_dim = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
         q, k, v = self._project(x)
@@ -87,15 +86,9 @@ class SelfAttention(nn.Module):
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token: an empty cache, or the op's own."""
         if not self.is_causal:
-            raise ArgumentError(
-                "is_causal must be True to stream: a token that sees the future cannot be final."
-            )
-        if self.position is not None and not self.position.streams:
-            raise CombinationError(
-                f"{type(self.position).__name__} depends on the final length, so its past cannot be cached. "
-                "Call forward on the whole sequence, or choose an encoding with fixed scaling."
-            )
-        if hasattr(self.op, "initial_state"):
+            raise ArgumentError("is_causal must be True to stream: a token that sees the future cannot be final.")
+        check_streams(self.position)
+        if isinstance(self.op, StreamingOp):
             return self.op.initial_state(batch_size)
         return KVCache.empty(batch_size, lookback=getattr(self.op, "lookback", None))
 
@@ -104,8 +97,8 @@ class SelfAttention(nn.Module):
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)
         q, k, v = self._project(x)
         q_rotated, k_rotated = self._rotate(q, k, positions)
-        if not isinstance(state, KVCache):
-            y, state = self.op.stream(q_rotated, k_rotated, v, state)  # type: ignore[attr-defined]
+        if isinstance(self.op, StreamingOp):
+            y, state = self.op.stream(q_rotated, k_rotated, v, state)
             return self._merge(y), state
         state = state.append(k_rotated, v)
         bias = self._bias(q, positions, state.positions)
@@ -120,7 +113,7 @@ class SelfAttention(nn.Module):
         """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""
 
         def heads(y: Tensor, num: int) -> Tensor:
-            return y.unflatten(-1, (num, self.head_dim)).transpose(1, 2)
+            return y.reshape(*y.shape[:-1], num, self.head_dim).transpose(1, 2)
 
         return (
             heads(self.q_proj(x), self.num_heads),
@@ -140,23 +133,3 @@ class SelfAttention(nn.Module):
         out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
         return out
 
-
-def _check_fit(op: AttentionOp, position: PositionEncoding | None, is_causal: bool) -> None:
-    op_name = type(op).__name__
-    if is_causal and not getattr(op, "accepts_causal", True):
-        raise CombinationError(
-            f"{op_name} cannot be causal: it mixes whole sequences. Pass is_causal=False and use it in an encoder."
-        )
-    if position is None:
-        return
-    position_name = type(position).__name__
-    if not position.attends:
-        raise CombinationError(
-            f"{position_name} adds to the embeddings, not inside attention. Pass it to the model instead: "
-            f"Decoder(..., position={position_name}(...))."
-        )
-    if position.biases and not getattr(op, "accepts_bias", True):
-        raise CombinationError(
-            f"{position_name} adds a bias to the scores, which {op_name} never forms. Use RotaryEmbedding, or an "
-            "encoding that is added to the embeddings."
-        )

@@ -1,0 +1,90 @@
+"""An encoder whose sequence grows shorter from layer to layer."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.token_slots import TokenReducer, Tokens
+from transformer_problems.models.block import TransformerBlock
+from transformer_problems.models.encoder import Encoder
+from transformer_problems.solutions.attention.watched import WatchedAttention
+
+
+class ReducingEncoder(nn.Module):
+    """Runs an encoder's own layers, and between attention and feed-forward of each lets a reducer shorten the sequence.
+
+    The encoder may be trained already: it keeps its parameters, and with no reducers gives what it gave. Its layers
+    attend through WatchedAttention, which has no parameters and, unwatched, is DenseAttention.
+
+    Args:
+        encoder: Its mixers are SelfAttention(..., op=WatchedAttention(), is_causal=False).
+        reducers: One a layer; None leaves that layer's tokens as they are.
+
+    Shape:
+        tokens: [B, N] int; key_mask: [B, N]; positions: [N] or [B, N]; output: [B, N, num_outputs], zeros where a
+        token has left, the same for tokens that were merged.
+
+    Raises:
+        ArgumentError: If there is not one entry of `reducers` for each layer.
+        CombinationError: If a layer does not attend through WatchedAttention.
+
+    Source:
+        Goyal et al. 2020, arXiv:2001.08950, figure 3; Bolya et al. 2023, arXiv:2210.09461, figure 1.
+    """
+
+    def __init__(self, encoder: Encoder, reducers: Sequence[TokenReducer | None]) -> None:
+        super().__init__()
+        num_layers = len(encoder.body.blocks)
+        if len(reducers) != num_layers:
+            raise ArgumentError(
+                f"reducers must have one entry for each of {num_layers} layers; got {len(reducers)}. "
+                "Use None for layers that keep all tokens."
+            )
+        for block in encoder.body.blocks:
+            _op_of(block)
+        self.encoder = encoder
+        self.reducers = list(reducers)
+        self.reducer_modules = nn.ModuleList(r for r in reducers if isinstance(r, nn.Module))
+
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        last = self.trace(tokens, key_mask=key_mask, positions=positions)[-1]
+        return last.restore(self.encoder.head(self.encoder.body.norm(last.x)))
+
+    def trace(
+        self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tokens, ...]:
+        """What is left after each layer, before the final norm and the head."""
+        body = self.encoder.body
+        if positions is None:
+            positions = body._positions(tokens.shape[1], tokens.device)
+        current = Tokens.whole(body._embed(tokens, positions), key_mask=key_mask, positions=positions)
+        layers = []
+        for block, reducer in zip(body.blocks, self.reducers, strict=True):
+            assert isinstance(block, TransformerBlock)
+            current = _layer(block, reducer, current)
+            layers.append(current)
+        return tuple(layers)
+
+
+def _op_of(block: nn.Module) -> WatchedAttention:
+    ops = [module for module in block.modules() if isinstance(module, WatchedAttention)]
+    if len(ops) != 1:
+        raise CombinationError(
+            f"each layer must attend through one WatchedAttention, so that its reducer sees what tokens received; "
+            f"{type(block.mixer).__name__} has {len(ops)}. Build it with op=WatchedAttention()."
+        )
+    return ops[0]
+
+
+def _layer(block: TransformerBlock, reducer: TokenReducer | None, tokens: Tokens) -> Tokens:
+    mixed, attended = _op_of(block).watch(
+        lambda: block.mixer(block.mixer_norm(tokens.x), key_mask=tokens.key_mask, positions=tokens.positions),
+        key_mask=tokens.key_mask,
+        sizes=tokens.sizes,
+    )
+    tokens = replace(tokens, x=tokens.x + mixed)
+    if reducer is not None:
+        tokens = reducer(tokens, attended)
+    return replace(tokens, x=tokens.x + block.feed_forward(block.feed_forward_norm(tokens.x)))
