@@ -1,0 +1,182 @@
+"""The contract of the TokenMixer slot."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import CombinationError
+from transformer_problems.testing.contract import (
+    ContractReport,
+    NotApplicable,
+    assert_close,
+    chunkings,
+    run_checks,
+    stray_tensors_on_meta,
+)
+
+_LENGTHS = (1, 7, 63, 64, 101)
+_TOLERANCE = 1e-9  # float64: rounding of sums of some hundred terms stays a thousand times below this
+
+
+def check_mixer(
+    mixer: nn.Module,
+    *,
+    embed_dim: int,
+    max_seq_len: int | None = None,
+    stream_tolerance: float = _TOLERANCE,
+    seed: int = 0,
+) -> ContractReport:
+    """Check a token mixer: causality, masks, batches, streaming, gradients, dtypes, devices, state.
+
+    The module itself is not changed; the checks run on copies in float64 except where they test dtypes.
+
+    Args:
+        mixer: The module under test; see `core.slots.TokenMixer`.
+        embed_dim: C, the width it expects.
+        max_seq_len: Longest sequence it takes, for mixers of fixed length.
+        stream_tolerance: Relative difference allowed between streamed and whole, for lossy caches.
+
+    Returns:
+        The report, where every check holds or does not apply.
+
+    Raises:
+        ContractError: With the report, if any check is broken.
+    """
+    subject = _MixerSubject(mixer, embed_dim, max_seq_len, stream_tolerance, seed)
+    checks = {
+        "shape and dtype": subject.check_shape,
+        "causality": subject.check_causality,
+        "mask obedience": subject.check_mask,
+        "batch independence": subject.check_batch,
+        "streamed equals whole": subject.check_streaming,
+        "state stays valid": subject.check_branching,
+        "gradients": subject.check_gradients,
+        "every parameter learns": subject.check_parameters,
+        "half precision": subject.check_half_precision,
+        "device": subject.check_device,
+        "state dict round trip": subject.check_state_dict,
+    }
+    return run_checks(f"{type(mixer).__name__} as TokenMixer", checks)
+
+
+class _MixerSubject:
+    def __init__(self, mixer: nn.Module, embed_dim: int, max_len: int | None, tolerance: float, seed: int) -> None:
+        self.original, self.embed_dim, self.stream_tolerance = mixer, embed_dim, tolerance
+        self.mixer = copy.deepcopy(mixer).cpu().double().eval()
+        self.lengths = [n for n in _LENGTHS if max_len is None or n <= max_len]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def x(self, batch_size: int, length: int) -> Tensor:
+        return torch.randn(batch_size, length, self.embed_dim, dtype=torch.float64, generator=self.generator)
+
+    def check_shape(self) -> None:
+        for length in self.lengths:
+            x = self.x(2, length)
+            y = self.mixer(x)
+            assert y.shape == x.shape, f"output {tuple(y.shape)} for input {tuple(x.shape)}"
+            assert y.dtype == x.dtype, f"output {y.dtype} for input {x.dtype}"
+            assert y.isfinite().all(), f"output is not finite at length {length}"
+
+    def check_causality(self) -> None:
+        if not self.mixer.is_causal:
+            raise NotApplicable("the mixer sees both sides")
+        for length in self.lengths:
+            x = self.x(2, length)
+            cut = length // 2
+            changed = torch.cat([x[:, :cut], self.x(2, length - cut)], dim=1)
+            what = f"tokens before {cut} of {length} when later ones change"
+            assert_close(self.mixer(changed)[:, :cut], self.mixer(x)[:, :cut], what, tolerance=_TOLERANCE)
+
+    def check_mask(self) -> None:
+        for length in self.lengths:
+            x = self.x(2, length)
+            mask = torch.rand(2, length, generator=self.generator) < 0.7
+            mask[:, 0] = True
+            noise = torch.where(mask[..., None], x, self.x(2, length))
+            what = f"real tokens of {length} when masked ones change"
+            y, noisy = self.mixer(x, key_mask=mask), self.mixer(noise, key_mask=mask)
+            assert_close(noisy[mask], y[mask], what, tolerance=_TOLERANCE)
+            everything = self.mixer(x, key_mask=torch.ones_like(mask))
+            assert_close(everything, self.mixer(x), "a mask of all True", tolerance=_TOLERANCE)
+
+    def check_batch(self) -> None:
+        for length in self.lengths:
+            x = self.x(3, length)
+            assert_close(self.mixer(x[1:2]), self.mixer(x)[1:2], "one row alone", tolerance=_TOLERANCE)
+
+    def check_streaming(self) -> None:
+        for length in self.lengths:
+            x = self.x(2, length)
+            whole = self.mixer(x)
+            for sizes in chunkings(length, self.generator):
+                streamed, _ = self._stream(x, sizes)
+                assert_close(streamed, whole, f"chunks {sizes}", tolerance=self.stream_tolerance)
+
+    def check_branching(self) -> None:
+        prefix, one, other = self.x(2, 9), self.x(2, 5), self.x(2, 5)
+        _, state = self._stream(prefix, [4, 5])
+        with torch.no_grad():
+            before, _ = self.mixer.stream(one, state)  # type: ignore[operator]
+            self.mixer.stream(other, state)  # type: ignore[operator]
+            after, _ = self.mixer.stream(one, state)  # type: ignore[operator]
+        assert_close(after, before, "the same chunk after the same state", tolerance=_TOLERANCE)
+        assert state.num_bytes == sum(t.numel() * t.element_size() for t in state.tensors().values()), (
+            f"num_bytes says {state.num_bytes}, its tensors hold another number"
+        )
+
+    def check_gradients(self) -> None:
+        x = self.x(1, min(6, self.lengths[-1])).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: self.mixer(x), (x,), fast_mode=True)
+
+    def check_parameters(self) -> None:
+        mixer = copy.deepcopy(self.mixer)
+        mixer(self.x(2, self.lengths[-1])).square().sum().backward()
+        idle = [name for name, p in mixer.named_parameters() if p.requires_grad and p.grad is None]
+        assert not idle, f"no gradient reaches {', '.join(idle)}"
+        for name, parameter in mixer.named_parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all(), f"gradient of {name} is not finite"
+
+    def check_half_precision(self) -> None:
+        length = self.lengths[-1]
+        x = self.x(2, length)
+        half = copy.deepcopy(self.mixer).to(torch.bfloat16)(x.to(torch.bfloat16))
+        assert half.dtype == torch.bfloat16, f"output {half.dtype} for bfloat16 input"
+        # bfloat16 keeps 8 bits (2^-8 a step) and several roundings add up between input and output
+        assert_close(half, self.mixer(x), "bfloat16 against float64", tolerance=2**-4)
+
+    def check_device(self) -> None:
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        for device in devices:
+            mixer, x = copy.deepcopy(self.mixer).to(device), self.x(2, self.lengths[-1]).to(device)
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+            with stray_tensors_on_meta():
+                assert mixer(x, key_mask=mask).device == x.device, "output is on another device than the input"
+
+    def check_state_dict(self) -> None:
+        x = self.x(1, self.lengths[-1])
+        expected = self.mixer(x)
+        state = {name: tensor.clone() for name, tensor in self.mixer.state_dict().items()}
+        other = copy.deepcopy(self.mixer)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.normal_()
+        other.load_state_dict(state)
+        assert_close(other(x), expected, "after loading its state dict", tolerance=0.0)
+
+    def _stream(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
+        if not hasattr(self.mixer, "initial_state"):
+            raise NotApplicable("the mixer does not stream")
+        if not self.mixer.is_causal:
+            raise NotApplicable("the mixer sees both sides")
+        try:
+            state = self.mixer.initial_state(x.shape[0])  # type: ignore[operator]
+        except CombinationError as reason:
+            raise NotApplicable(f"it says: {reason}") from reason
+        outputs = []
+        with torch.no_grad():
+            for chunk in torch.split(x, sizes, dim=1):
+                y, state = self.mixer.stream(chunk, state)  # type: ignore[operator]
+                outputs.append(y)
+        return torch.cat(outputs, dim=1), state

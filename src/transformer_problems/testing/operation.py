@@ -1,0 +1,162 @@
+"""The contract of the AttentionOp slot."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from transformer_problems.core.slots import AttentionOp
+from transformer_problems.testing.contract import (
+    ContractReport,
+    NotApplicable,
+    assert_close,
+    run_checks,
+    stray_tensors_on_meta,
+)
+
+_LENGTHS = (1, 7, 63, 64, 101)
+_TOLERANCE = 1e-9  # float64: rounding of sums of some hundred terms stays a thousand times below this
+
+
+def check_attention_op(
+    op: AttentionOp,
+    *,
+    num_heads: int = 4,
+    head_dim: int = 8,
+    max_seq_len: int | None = None,
+    grouped: bool = True,
+    seed: int = 0,
+) -> ContractReport:
+    """Check an attention op: shapes, causality, cached decoding, masks, grouped heads, gradients, dtypes.
+
+    Args:
+        op: The callable under test; see `core.slots.AttentionOp`. Modules with parameters must be in float64.
+        max_seq_len: Longest sequence it takes, for ops of fixed length.
+        grouped: Whether it takes fewer key/value heads than query heads.
+
+    Raises:
+        ContractError: With the report, if any check is broken.
+    """
+    subject = _OpSubject(op, num_heads, head_dim, max_seq_len, grouped, seed)
+    checks: dict[str, Callable[[], None]] = {
+        "shape and dtype": subject.check_shape,
+        "leading dimensions": subject.check_leading_dimensions,
+        "causality": subject.check_causality,
+        "last queries only": subject.check_last_queries,
+        "mask obedience": subject.check_mask,
+        "nothing to attend to": subject.check_empty_rows,
+        "grouped heads": subject.check_grouped,
+        "gradients": subject.check_gradients,
+        "half precision": subject.check_half_precision,
+        "device": subject.check_device,
+    }
+    return run_checks(f"{type(op).__name__} as AttentionOp", checks)
+
+
+class _OpSubject:
+    def __init__(
+        self, op: AttentionOp, num_heads: int, head_dim: int, max_len: int | None, grouped: bool, seed: int
+    ) -> None:
+        self.op, self.num_heads, self.head_dim, self.grouped = op, num_heads, head_dim, grouped
+        self.lengths = [n for n in _LENGTHS if max_len is None or n <= max_len]
+        self.generator = torch.Generator().manual_seed(seed)
+        causal = [True] if getattr(op, "accepts_causal", True) else []
+        bidirectional = [False] if getattr(op, "accepts_bidirectional", True) else []
+        self.directions = bidirectional + causal
+
+    def qkv(self, length: int, *, batch: tuple[int, ...] = (2,), groups: int | None = None) -> tuple[Tensor, ...]:
+        def draw(heads: int) -> Tensor:
+            shape = (*batch, heads, length, self.head_dim)
+            return torch.randn(shape, dtype=torch.float64, generator=self.generator)
+
+        groups = groups or self.num_heads
+        return draw(self.num_heads), draw(groups), draw(groups)
+
+    def check_shape(self) -> None:
+        for length in self.lengths:
+            q, k, v = self.qkv(length)
+            for is_causal in self.directions:
+                y = self.op(q, k, v, is_causal=is_causal)
+                assert y.shape == q.shape, f"output {tuple(y.shape)} for queries {tuple(q.shape)}"
+                assert y.dtype == q.dtype, f"output {y.dtype} for input {q.dtype}"
+                assert y.isfinite().all(), f"output is not finite at length {length}"
+
+    def check_leading_dimensions(self) -> None:
+        q, k, v = self.qkv(self.lengths[-1], batch=(3, 2))
+        for is_causal in self.directions:
+            whole = self.op(q, k, v, is_causal=is_causal)
+            part = self.op(q[1, 1:], k[1, 1:], v[1, 1:], is_causal=is_causal)
+            assert_close(part, whole[1, 1:], "one batch row alone", tolerance=_TOLERANCE)
+
+    def check_causality(self) -> None:
+        self._needs_causal()
+        for length in self.lengths:
+            (q, k, v), (_, k2, v2) = self.qkv(length), self.qkv(length)
+            cut = length // 2
+            late = torch.arange(length)[:, None] >= cut
+            y = self.op(q, k, v, is_causal=True)
+            changed = self.op(q, torch.where(late, k2, k), torch.where(late, v2, v), is_causal=True)
+            what = f"queries before {cut} of {length} when later keys change"
+            assert_close(changed[..., :cut, :], y[..., :cut, :], what, tolerance=_TOLERANCE)
+
+    def check_last_queries(self) -> None:
+        self._needs_causal()
+        for length in self.lengths:
+            q, k, v = self.qkv(length)
+            whole = self.op(q, k, v, is_causal=True)
+            for last in {1, length // 2, length} - {0}:
+                part = self.op(q[..., -last:, :], k, v, is_causal=True)
+                assert_close(part, whole[..., -last:, :], f"the last {last} of {length}", tolerance=_TOLERANCE)
+
+    def check_mask(self) -> None:
+        for length in self.lengths:
+            (q, k, v), (_, k2, v2) = self.qkv(length), self.qkv(length)
+            keep = torch.rand(2, length, generator=self.generator) < 0.7
+            keep[:, 0] = True
+            mask, column = keep[:, None, None, :], keep[:, None, :, None]
+            for is_causal in self.directions:
+                y = self.op(q, k, v, mask=mask, is_causal=is_causal)
+                k_noise, v_noise = torch.where(column, k, k2), torch.where(column, v, v2)
+                noisy = self.op(q, k_noise, v_noise, mask=mask, is_causal=is_causal)
+                assert_close(noisy, y, f"length {length} when masked keys change", tolerance=_TOLERANCE)
+
+    def check_empty_rows(self) -> None:
+        q, k, v = self.qkv(self.lengths[-1])
+        mask = torch.zeros(2, 1, 1, k.shape[-2], dtype=torch.bool)
+        y = self.op(q, k, v, mask=mask, is_causal=self.directions[0])
+        assert (y == 0).all(), "queries that may attend to nothing must give zeros"
+
+    def check_grouped(self) -> None:
+        if not self.grouped:
+            raise NotApplicable("the op is built for one key/value head a query head")
+        q, k, v = self.qkv(self.lengths[-1], groups=self.num_heads // 2)
+        repeated = k.repeat_interleave(2, dim=-3), v.repeat_interleave(2, dim=-3)
+        for is_causal in self.directions:
+            expected = self.op(q, *repeated, is_causal=is_causal)
+            assert_close(self.op(q, k, v, is_causal=is_causal), expected, "grouped heads", tolerance=_TOLERANCE)
+
+    def check_gradients(self) -> None:
+        inputs = tuple(t.requires_grad_() for t in self.qkv(min(6, self.lengths[-1]), batch=(1,)))
+        for is_causal in self.directions:
+            assert torch.autograd.gradcheck(
+                lambda q, k, v, causal=is_causal: self.op(q, k, v, is_causal=causal), inputs, fast_mode=True
+            )
+
+    def check_half_precision(self) -> None:
+        q, k, v = self.qkv(self.lengths[-1])
+        for is_causal in self.directions:
+            half = self.op(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=is_causal)
+            assert half.dtype == torch.bfloat16, f"output {half.dtype} for bfloat16 input"
+            # bfloat16 keeps 8 bits (2^-8 a step) and several roundings add up between input and output
+            expected = self.op(q, k, v, is_causal=is_causal)
+            assert_close(half, expected, "bfloat16 against float64", tolerance=2**-4)
+
+    def check_device(self) -> None:
+        q, k, v = self.qkv(self.lengths[-1])
+        for is_causal in self.directions:
+            with stray_tensors_on_meta():
+                assert self.op(q, k, v, is_causal=is_causal).device == q.device, "output is on another device"
+
+    def _needs_causal(self) -> None:
+        if True not in self.directions:
+            raise NotApplicable("the op cannot be causal")

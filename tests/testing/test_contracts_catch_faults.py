@@ -1,0 +1,143 @@
+"""Every check of every contract fires on a module that is broken in just that way."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformer_problems import DenseAttention, RotaryEmbedding, SelfAttention
+from transformer_problems.core.errors import ContractError
+from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.solutions.attention.kv_cache import KVCache
+from transformer_problems.testing import check_attention_op, check_mixer, check_position
+
+
+class Faulty(SelfAttention):
+    """Causal self-attention with one hook for a fault."""
+
+    def __init__(self, **hooks: Callable) -> None:
+        super().__init__(16, 2)
+        self.hooks = hooks
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        if "input" in self.hooks:
+            x = self.hooks["input"](x)
+        if "mask" in self.hooks:
+            key_mask = self.hooks["mask"](key_mask)
+        y = super().forward(x, key_mask=key_mask, positions=positions)
+        return self.hooks["output"](y) if "output" in self.hooks else y
+
+    def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        return super().stream(x, self.hooks["state"](state) if "state" in self.hooks else state)
+
+
+def forget_one(state: KVCache) -> KVCache:
+    from dataclasses import replace
+
+    return replace(state, _start=state._start + 1) if len(state) > 1 else state
+
+
+FAULTS = {
+    "shape and dtype": {"output": lambda y: y.float()},
+    "causality": {"input": lambda x: x + x.mean(dim=1, keepdim=True)},
+    "mask obedience": {"mask": lambda mask: None},
+    "batch independence": {"output": lambda y: y + y.mean(dim=0, keepdim=True)},
+    "streamed equals whole": {"state": forget_one},
+    "gradients": {"output": lambda y: y.detach() + 0 * y},
+    "half precision": {"output": lambda y: y.float()},
+    "device": {"output": lambda y: y + torch.ones(y.shape[-1], dtype=y.dtype)},
+}
+
+
+@pytest.mark.parametrize(("check", "hooks"), FAULTS.items(), ids=FAULTS)
+def test_check_mixer_finds(check: str, hooks: dict[str, Callable]) -> None:
+    with pytest.raises(ContractError, match=rf"{check} +broken"):
+        check_mixer(Faulty(**hooks), embed_dim=16)
+
+
+def test_check_mixer_finds_a_parameter_that_never_learns() -> None:
+    mixer = SelfAttention(16, 2)
+    mixer.idle = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ContractError, match="idle"):
+        check_mixer(mixer, embed_dim=16)
+
+
+def test_check_mixer_finds_a_state_that_changes_under_its_holder() -> None:
+    class Shared(SelfAttention):
+        def initial_state(self, batch_size: int) -> list[KVCache]:
+            self.held = super().initial_state(batch_size)
+            return self.held
+
+        def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+            y, self.held = super().stream(x, self.held)
+            return y, self.held
+
+    with pytest.raises(ContractError, match="state stays valid +broken"):
+        check_mixer(Shared(16, 2), embed_dim=16)
+
+
+def test_check_mixer_reports_what_holds() -> None:
+    report = check_mixer(SelfAttention(16, 2), embed_dim=16)
+    assert not report.broken
+    assert "streamed equals whole" in str(report)
+
+
+class FaultyOp(DenseAttention):
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, q, k, v, *, bias=None, mask=None, is_causal=False):
+        if self.fault == "causality":
+            is_causal = False
+        if self.fault == "last queries only" and is_causal:
+            n, m = q.shape[-2], k.shape[-2]
+            top_left = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
+            return super().forward(q, k, v, mask=top_left if mask is None else mask & top_left)
+        if self.fault == "mask obedience":
+            mask = None
+        y = super().forward(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
+        if self.fault == "nothing to attend to" and mask is not None and not mask.any():
+            return y + 1
+        return y.detach() if self.fault == "gradients" else y
+
+
+@pytest.mark.parametrize(
+    "fault", ["causality", "last queries only", "mask obedience", "nothing to attend to", "gradients"]
+)
+def test_check_attention_op_finds(fault: str) -> None:
+    with pytest.raises(ContractError, match=rf"{fault} +broken"):
+        check_attention_op(FaultyOp(fault))
+
+
+class Blind(PositionEncoding):
+    attends = True
+
+
+class Undeclared(PositionEncoding):
+    attends = True
+
+    def bias(self, q, q_positions, k_positions):
+        return (q_positions[..., :, None] - k_positions[..., None, :]).unsqueeze(-3).to(q.dtype)
+
+
+class FromZero(RotaryEmbedding):
+    """Ignores where a chunk starts."""
+
+    def rotate(self, q, k, q_positions, k_positions):
+        return super().rotate(q, k, q_positions - q_positions[..., :1], k_positions)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "check"),
+    [
+        (Blind(), "tells places apart"),
+        (Undeclared(), "declares its hooks"),
+        (FromZero(8), "part equals whole"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_check_position_finds(encoding: PositionEncoding, check: str) -> None:
+    with pytest.raises(ContractError, match=rf"{check} +broken"):
+        check_position(encoding, embed_dim=16, num_heads=2)
