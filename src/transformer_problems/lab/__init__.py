@@ -1,0 +1,1 @@
+"""The lab: measures problems and solutions side by side."""

@@ -1,0 +1,46 @@
+"""What an experiment is: arms, a chart, a table and a way to measure one arm."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from transformer_problems.core.records import Cell, Measurement, Scale
+from transformer_problems.core.summaries import Arm, Chart, Column
+from transformer_problems.lab.effects import Effect
+from transformer_problems.lab.model_cache import ModelCache
+from transformer_problems.lab.results import Results
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What one cell is given to measure with."""
+
+    cell: Cell
+    device: torch.device
+    models: ModelCache
+    progress: Callable[[float], None]
+
+
+class Experiment(Protocol):
+    """One problem's experiment. Declares what it compares and shows as data; draws and stores nothing."""
+
+    problem: int
+    arms: tuple[Arm, ...]
+    chart: Chart
+    columns: tuple[Column, ...]
+    gains: tuple[Effect, ...]  # words for whatever metric the catalogue's criterion names
+    costs: tuple[Effect, ...]  # what a solution may cost, the most telling first
+
+    def num_seeds(self, scale: Scale) -> int:
+        """Seeds measured at a scale unless the user says otherwise."""
+        ...
+
+    def measure(self, bench: Bench) -> Iterator[Measurement]:
+        """Everything about one arm with one seed."""
+        ...
+
+    def finding(self, results: Results) -> str:
+        """One plain sentence on what the baseline showed, with its figures."""
+        ...

@@ -1,0 +1,50 @@
+"""Verdicts: what the catalogue's criterion says of a measured arm."""
+
+from transformer_problems.catalogue import Criterion
+from transformer_problems.core.records import Interval, Verdict, VerdictWord
+from transformer_problems.core.summaries import Arm
+from transformer_problems.lab.effects import common_x, measure_effect
+from transformer_problems.lab.results import Results
+
+
+def judge(
+    problem: int, arm: Arm, baseline: str, criterion: Criterion, results: Results, failure: str | None
+) -> Verdict:
+    """Compare an arm with its baseline and apply the criterion.
+
+    Args:
+        failure: Why the arm's cells failed, if they did.
+
+    Returns:
+        "not runnable here" where nothing was measured, else the word that the 95% interval of the effect gives.
+    """
+    x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
+    effect = measure_effect(results, arm.slug, baseline, criterion.metric, criterion.compare, x)
+    if effect is None:
+        reason = failure or f"no {criterion.metric} was measured for it and its baseline alike"
+        return Verdict(problem, arm.slug, "not runnable here", None, reason)
+    word = verdict_word(effect, criterion)
+    low, high = _neutral_zone(criterion)
+    reason = (
+        f"{criterion.metric} {criterion.compare} {effect.value:.3g}, 95% interval {effect.low:.3g} to "
+        f"{effect.high:.3g}; no difference that counts between {low:.3g} and {high:.3g}"
+    )
+    return Verdict(problem, arm.slug, word, effect, reason)
+
+
+def verdict_word(effect: Interval, criterion: Criterion) -> VerdictWord:
+    """Helps or hurts where the whole interval lies beyond the margin, no effect where it lies within."""
+    low, high = _neutral_zone(criterion)
+    if low <= effect.low and effect.high <= high:
+        return "no effect"
+    if effect.high < low:
+        return "helps" if criterion.better == "lower" else "hurts"
+    if effect.low > high:
+        return "helps" if criterion.better == "higher" else "hurts"
+    return "inconclusive"
+
+
+def _neutral_zone(criterion: Criterion) -> tuple[float, float]:
+    if criterion.compare == "ratio":
+        return 1 / (1 + criterion.margin), 1 + criterion.margin
+    return -criterion.margin, criterion.margin

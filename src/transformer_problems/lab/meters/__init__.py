@@ -1,0 +1,1 @@
+"""Meters: how long, how much memory, how many operations, how good."""

@@ -1,0 +1,63 @@
+"""Measurements of one problem, looked up by arm, metric and x."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transformer_problems.core.records import Cell, Measurement
+
+Samples = NDArray[np.float64]
+"""[seeds, repeats]: paired between arms element by element."""
+
+
+class Results:
+    """The measurements of one problem at one scale.
+
+    Args:
+        records: As the store returns them.
+    """
+
+    def __init__(self, records: Iterable[tuple[Cell, Measurement]]) -> None:
+        self._values: dict[tuple[str, str, float | None], dict[int, dict[int, float]]] = {}
+        self._xs: dict[tuple[str, str], set[float]] = defaultdict(set)
+        self.seeds: set[int] = set()
+        for cell, m in records:
+            by_seed = self._values.setdefault((cell.arm, m.metric, m.x), {})
+            by_seed.setdefault(cell.seed, {})[m.repeat] = m.value
+            if m.x is not None:
+                self._xs[cell.arm, m.metric].add(m.x)
+            self.seeds.add(cell.seed)
+
+    def xs(self, arm: str, metric: str) -> list[float]:
+        """Every x the metric was measured at, ascending."""
+        return sorted(self._xs[arm, metric])
+
+    def samples(self, arm: str, metric: str, x: float | None = None) -> Samples | None:
+        """Values [seeds, repeats], or None where nothing was measured."""
+        return self._stack(self._values.get((arm, metric, x)), None, None)
+
+    def paired(self, arm: str, other: str, metric: str, x: float | None) -> tuple[Samples, Samples] | None:
+        """Values of two arms for the seeds and repeats that both have."""
+        mine, theirs = self._values.get((arm, metric, x)), self._values.get((other, metric, x))
+        if mine is None or theirs is None:
+            return None
+        seeds = sorted(mine.keys() & theirs.keys())
+        if not seeds:
+            return None
+        repeats = set.intersection(*(set(mine[s]) & set(theirs[s]) for s in seeds))
+        left, right = self._stack(mine, seeds, repeats), self._stack(theirs, seeds, repeats)
+        return None if left is None or right is None else (left, right)
+
+    @staticmethod
+    def _stack(
+        by_seed: dict[int, dict[int, float]] | None, seeds: list[int] | None, repeats: set[int] | None
+    ) -> Samples | None:
+        if not by_seed:
+            return None
+        seeds = sorted(by_seed) if seeds is None else seeds
+        shared = set.intersection(*(set(by_seed[s]) for s in seeds)) if repeats is None else repeats
+        if not shared:
+            return None
+        return np.array([[by_seed[s][r] for r in sorted(shared)] for s in seeds])

@@ -1,0 +1,93 @@
+"""From a request to finished cells in the store: plan, skip what is done, run, write down."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformer_problems.core.records import Cell, Measurement, Scale
+from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
+from transformer_problems.lab.engine import Done, Failed, LocalEngine, Outcome
+from transformer_problems.lab.experiment import Bench, Experiment
+from transformer_problems.lab.fingerprint import code_fingerprint
+from transformer_problems.lab.model_cache import ModelCache
+from transformer_problems.lab.store import Store
+
+ExperimentLoader = Callable[[int], Experiment]
+
+_CELL_TIMEOUT_S: dict[Scale, float] = {"quick": 300, "standard": 3600, "full": 24 * 3600}
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What the user asked to have measured.
+
+    Args:
+        rooms: Problem number to room name, e.g. {1: "p01_quadratic_complexity"}.
+        load: Gives a problem's experiment; a top-level function, so that a worker process can call it.
+        seeds: Seeds an arm; None for what each experiment says.
+        out: Folder that holds results.sqlite and the cache.
+    """
+
+    rooms: Mapping[int, str]
+    load: ExperimentLoader
+    scale: Scale
+    device: DeviceChoice
+    out: Path
+    seeds: int | None = None
+
+    @property
+    def store_path(self) -> Path:
+        return self.out / "results.sqlite"
+
+
+class Run:
+    """The cells of a request that are still to be measured; iterate `outcomes` to measure them."""
+
+    def __init__(self, request: RunRequest, store: Store) -> None:
+        self.request, self.store = request, store
+        self.fingerprints = {
+            number: f"{code_fingerprint(room)}-{resolve_device(request.device).type}"
+            for number, room in request.rooms.items()
+        }
+        self.planned = [cell for number in request.rooms for cell in self._cells(number)]
+        finished = store.finished(set(self.fingerprints.values()))
+        self.pending = [cell for cell in self.planned if cell not in finished]
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Measure what is pending; each finished or failed cell is in the store before it is yielded."""
+        device = resolve_device(self.request.device)
+        environments = {n: describe_environment(device, revision) for n, revision in self.fingerprints.items()}
+        engine = LocalEngine(
+            partial(
+                measure_cell, self.request.load, self.request.out / "cache", self.request.device, self.fingerprints
+            ),
+            timeout_s=_CELL_TIMEOUT_S[self.request.scale],
+            log=self.request.out / "worker.log",
+        )
+        for outcome in engine.run(self.pending):
+            if isinstance(outcome, Done):
+                environment = environments[outcome.cell.problem]
+                self.store.finish(outcome.cell, environment, outcome.measurements, outcome.seconds)
+            elif isinstance(outcome, Failed):
+                self.store.fail(outcome.cell, environments[outcome.cell.problem], outcome.reason)
+            yield outcome
+
+    def _cells(self, number: int) -> Iterator[Cell]:
+        experiment = self.request.load(number)
+        for seed in range(self.request.seeds or experiment.num_seeds(self.request.scale)):
+            for arm in experiment.arms:
+                yield Cell(number, arm.slug, self.request.scale, seed)
+
+
+def measure_cell(
+    load: ExperimentLoader,
+    cache: Path,
+    device: DeviceChoice,
+    fingerprints: Mapping[int, str],
+    cell: Cell,
+    progress: Callable[[float], None],
+) -> list[Measurement]:
+    """Measure one cell; what the worker process runs."""
+    bench = Bench(cell, resolve_device(device), ModelCache(cache, fingerprints[cell.problem]), progress)
+    return list(load(cell.problem).measure(bench))

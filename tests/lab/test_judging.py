@@ -1,0 +1,90 @@
+"""From measurements to verdicts and words, on cases whose answer is known on paper."""
+
+import dataclasses
+
+import pytest
+
+from transformer_problems.catalogue import load_catalogue
+from transformer_problems.core.records import Cell, Interval, Measurement
+from transformer_problems.core.summaries import Arm
+from transformer_problems.lab.effects import Effect, common_x, describe_effect, measure_effect
+from transformer_problems.lab.judge import judge, verdict_word
+from transformer_problems.lab.results import Results
+
+CRITERION = dataclasses.replace(
+    load_catalogue().problem("01").criterion, metric="latency_s", at="last", better="lower", compare="ratio", margin=0.1
+)
+
+
+def record(
+    arm: str, value: float, *, metric: str = "latency_s", x: float | None = None, seed: int = 0, repeat: int = 0
+):
+    return Cell(1, arm, "quick", seed), Measurement(metric, "s", value, x=x, repeat=repeat)
+
+
+def series(arm: str, values: list[float], x: float = 8.0):
+    return [record(arm, value, x=x, repeat=i) for i, value in enumerate(values)]
+
+
+def test_results_pair_what_both_arms_have() -> None:
+    results = Results(
+        [*series("dense", [4.0, 4.2, 4.4]), *series("flash", [1.0, 1.1]), *series("flash", [9.0], x=16.0)]
+    )
+    assert results.xs("flash", "latency_s") == [8.0, 16.0]
+    assert common_x(results, "flash", "dense", "latency_s", "last") == 8.0
+    treated, baseline = results.paired("flash", "dense", "latency_s", 8.0)
+    assert treated.tolist() == [[1.0, 1.1]]
+    assert baseline.tolist() == [[4.0, 4.2]]
+    assert results.paired("flash", "absent", "latency_s", 8.0) is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "compare", "better", "word"),
+    [
+        ((0.5, 0.4, 0.6), "ratio", "lower", "helps"),
+        ((0.5, 0.4, 0.6), "ratio", "higher", "hurts"),
+        ((2.0, 1.5, 2.5), "ratio", "lower", "hurts"),
+        ((1.0, 0.95, 1.05), "ratio", "lower", "no effect"),
+        ((0.9, 0.7, 1.1), "ratio", "lower", "inconclusive"),
+        ((0.3, 0.2, 0.4), "difference", "higher", "helps"),
+        ((0.05, -0.05, 0.09), "difference", "higher", "no effect"),
+        ((0.1, 0.0, 0.2), "difference", "higher", "inconclusive"),
+    ],
+)
+def test_the_word_follows_the_whole_interval(interval, compare, better, word) -> None:
+    criterion = dataclasses.replace(CRITERION, compare=compare, better=better, margin=0.1)
+    assert verdict_word(Interval(*interval), criterion) == word
+
+
+def test_a_clear_ratio_helps() -> None:
+    results = Results([*series("dense", [4.0, 4.4, 4.2]), *series("flash", [1.0, 1.1, 1.05])])
+    verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, results, None)
+    assert verdict.word == "helps"
+    assert verdict.effect is not None
+    assert verdict.effect.value == pytest.approx(0.25)
+
+
+def test_nothing_measured_is_said_with_its_reason() -> None:
+    verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, Results(series("dense", [1.0])), "needs CUDA")
+    assert (verdict.word, verdict.reason, verdict.effect) == ("not runnable here", "needs CUDA", None)
+
+
+def test_words_for_ratios_and_differences() -> None:
+    less_time = Effect("latency_s", "ratio", ("less time", "more time"), "last", "at {x:,.0f} tokens")
+    text = describe_effect(less_time, Interval(0.025, 0.02, 0.03125), 8192.0)
+    assert text == "40x (32 to 50) less time at 8,192 tokens"
+    assert describe_effect(less_time, Interval(1.5, 1.5, 1.5), 8.0) == "1.5x more time at 8 tokens"
+    points = Effect("accuracy", "difference", ("points less", "points more"), scale=100)
+    assert describe_effect(points, Interval(0.48, 0.455, 0.5), None) == "48 (46 to 50) points more"
+    assert describe_effect(points, Interval(-0.02, -0.05, 0.012), None) == "2.0 (-1.2 to 5.0) points less"
+
+
+def test_effects_are_paired_by_seed_and_repeat() -> None:
+    rows = [
+        record(arm, base + shift, seed=seed, repeat=repeat)
+        for arm, shift in (("a", 0.0), ("b", 0.5))
+        for seed, base in enumerate((1.0, 5.0, 9.0))
+        for repeat in range(4)
+    ]
+    effect = measure_effect(Results(rows), "b", "a", "latency_s", "difference", None)
+    assert effect == Interval(0.5, 0.5, 0.5)

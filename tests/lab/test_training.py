@@ -1,0 +1,83 @@
+"""The training loop: what it minimises, what it repeats, and how it resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.seeding import generator, seeded
+from transformer_problems.lab.training import TrainingPlan, train
+
+
+def make_model() -> nn.Module:
+    with seeded(0, "model"):
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batch_loss(model: nn.Module, step: int) -> Tensor:
+    x = torch.randn(16, 3, generator=generator(0, "batch", step))
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_it_learns() -> None:
+    log = train(make_model(), batch_loss, TrainingPlan(steps=200, learning_rate=0.03))
+    assert log.steps == len(log.losses) == 200
+    assert sum(log.losses[-10:]) < 0.1 * sum(log.losses[:10])
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, second = make_model(), make_model()
+    for model in (first, second):
+        train(model, batch_loss, TrainingPlan(steps=20))
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_an_interrupted_run_resumes_bit_exactly(tmp_path: Path) -> None:
+    plan = TrainingPlan(steps=30, checkpoint_every=10)
+    straight = make_model()
+    expected = train(straight, batch_loss, plan)
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(model: nn.Module, step: int) -> Tensor:
+        if step == 17:
+            raise PowerCut
+        return batch_loss(model, step)
+
+    checkpoint = tmp_path / "run.checkpoint"
+    with pytest.raises(PowerCut):
+        train(make_model(), cut, plan, checkpoint=checkpoint)
+    resumed = make_model()
+    log = train(resumed, batch_loss, plan, checkpoint=checkpoint)
+    assert torch.equal(weights(resumed), weights(straight))
+    assert log.losses == expected.losses
+    assert not checkpoint.exists()
+
+
+def test_extra_seconds_come_after_the_steps() -> None:
+    seen: list[int] = []
+    model = make_model()
+    log = train(model, batch_loss, TrainingPlan(steps=3, min_train_s=0.05), at_steps=lambda: seen.append(1))
+    assert seen == [1]
+    assert log.steps > 3
+    assert log.train_s >= 0.05
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    plan = TrainingPlan(steps=100, learning_rate=1.0, warmup_steps=10)
+    assert plan.rate_at(0) == pytest.approx(0.1)
+    assert plan.rate_at(9) == pytest.approx(1.0, rel=0.03)
+    assert plan.rate_at(100) == pytest.approx(0.1)
+    assert TrainingPlan(steps=100, learning_rate=1.0, decay=False).rate_at(99) == 1.0
+
+
+def test_a_plan_without_steps_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="steps must be positive; got 0"):
+        TrainingPlan(steps=0)
