@@ -1,0 +1,231 @@
+"""The two panels of a problem's picture: the baseline alone, then every solution on the same axes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.summaries import Chart, Line, ProblemSummary
+from transformer_problems.report.colours import MUTED, RULE, Stroke
+from transformer_problems.report.labels import spread
+from transformer_problems.report.scales import Scale, drawable, x_scale, y_scale
+from transformer_problems.report.sheet import Sheet, balance, line_height, text_width, wrap
+
+HEADING, SMALL, LABEL = 9.5, 8.0, 8.4
+_LABEL_WIDTH, _LEADER, _BETWEEN = 1.55, 0.26, 0.34
+_LOWEST, _ABOVE_TICKS, _LABEL_SLACK = 2.55, 0.07, 0.03
+_CLEAR = 0.06  # inches between the baseline's label and its curve
+_MOST_DOTS = 24
+_BETTER = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Everything about the panels that is decided before a sheet exists; sizes in inches."""
+
+    chart: Chart
+    baseline: Line | None  # None where it could not be measured
+    lines: tuple[Line, ...]
+    strokes: Mapping[str, Stroke]
+    x: Scale
+    y: Scale
+    labels: tuple[tuple[str, ...], ...]
+    left: float
+    plot_width: float
+    plot_height: float
+    headings: tuple[tuple[str, ...], tuple[str, ...]]
+    captions: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def head_height(self) -> float:
+        return (
+            max(map(len, self.headings)) * line_height(HEADING)
+            + max(map(len, self.captions)) * line_height(SMALL)
+            + 0.1
+        )
+
+    @property
+    def height(self) -> float:
+        return self.head_height + self.plot_height + _ABOVE_TICKS + 2 * line_height(SMALL) + 0.02
+
+
+def plan(summary: ProblemSummary, strokes: Mapping[str, Stroke], left: float, width: float) -> Panels:
+    """Decides which lines are drawn, on which axes, and how much room they need.
+
+    Raises:
+        ArgumentError: If there is nothing to draw, or a logarithmic x axis meets x of zero or below.
+    """
+    chart = summary.chart
+    first = summary.rows[0].arm.slug
+    lines = tuple(
+        line for line in summary.lines if drawable(line) and (not chart.draws or line.arm.slug in (first, *chart.draws))
+    )
+    if not lines:
+        raise ArgumentError("lines must hold a finite point; got none. Measure the problem before drawing it.")
+    if chart.x_log and min(point.x for line in lines for point in drawable(line)) <= 0:
+        raise ArgumentError("chart.x_log needs x above 0; got a point at or below 0. Use a linear x axis.")
+    y = y_scale(chart, lines)
+    labels = tuple(tuple(wrap(line.arm.label, LABEL, _LABEL_WIDTH)) for line in lines)
+    label_width = max(text_width(text, LABEL) for label in labels for text in label)
+    tick_width = max((text_width(text, SMALL) for text in y.labels), default=0.0) + 0.08
+    plot_width = (width - tick_width - _BETWEEN - _LEADER - label_width) / 2
+    x = x_scale(chart, lines, plot_width, SMALL)
+    wide = plot_width + _LEADER + label_width
+    return Panels(
+        chart=chart,
+        baseline=next((line for line in lines if line.arm.slug == first), None),
+        lines=lines,
+        strokes=strokes,
+        x=x,
+        y=y,
+        labels=labels,
+        left=left + tick_width,
+        plot_width=plot_width,
+        plot_height=max(_LOWEST, sum(map(_label_height, labels)) - 0.1),
+        headings=(
+            tuple(balance(chart.problem_title, HEADING, plot_width + tick_width, "bold")),
+            tuple(balance(chart.solutions_title, HEADING, wide, "bold")),
+        ),
+        captions=(tuple(wrap(chart.y_label, SMALL, plot_width + tick_width)), (_BETTER[chart.better],)),
+    )
+
+
+def draw(panels: Panels, sheet: Sheet, top: float, left_edge: float) -> None:
+    """Draws both panels with their upper edge at `top`; texts on the left start at `left_edge`."""
+    right = panels.left + panels.plot_width + _BETWEEN
+    for side, x in enumerate((left_edge, right)):
+        sheet.lines(x, top, panels.headings[side], size=HEADING, weight="bold")
+        caption_top = top + max(map(len, panels.headings)) * line_height(HEADING) + 0.02
+        sheet.lines(x, caption_top, panels.captions[side], size=SMALL, colour=MUTED)
+    plot_top = top + panels.head_height
+    for side, x in enumerate((panels.left, right)):
+        axes = sheet.axes(x, plot_top, panels.plot_width, panels.plot_height)
+        _dress(axes, panels, sheet, x, plot_top, with_y_labels=side == 0)
+        shown = panels.lines if side else (panels.baseline,)
+        for line in shown:
+            if line is not None:
+                _draw_line(axes, line, panels, emphasis=side == 0)
+    if panels.baseline is None:
+        middle = panels.left + panels.plot_width / 2, plot_top + panels.plot_height / 2
+        sheet.text(*middle, "not measured", size=HEADING, colour=MUTED, align="center", anchor="center", opaque=True)
+    else:
+        _label_baseline(panels.baseline, panels, sheet, plot_top)
+    _label_ends(panels, sheet, right, plot_top)
+
+
+def _dress(axes: Axes, panels: Panels, sheet: Sheet, x: float, top: float, *, with_y_labels: bool) -> None:
+    """Ends, grid and ticks; tick labels are the sheet's own text, so that their place is known."""
+    for axis, scale in (("x", panels.x), ("y", panels.y)):
+        if scale.log:
+            axes.set(**{f"{axis}scale": "log"})
+        axes.set(**{f"{axis}lim": (scale.low, scale.high)})
+    axes.set_xticks(panels.x.ticks, labels=[""] * len(panels.x.ticks))
+    axes.set_yticks(panels.y.ticks, labels=[""] * len(panels.y.ticks))
+    axes.minorticks_off()
+    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", length=3, width=0.6, color=MUTED)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set(color=MUTED, linewidth=0.6)
+    bottom = top + panels.plot_height
+    for value, text in zip(panels.x.ticks, panels.x.labels, strict=True):
+        at = x + panels.x.fraction(value) * panels.plot_width
+        sheet.text(at, bottom + _ABOVE_TICKS, text, size=SMALL, colour=MUTED, align="center")
+    below = bottom + _ABOVE_TICKS + line_height(SMALL)
+    sheet.text(x + panels.plot_width / 2, below, panels.chart.x_label, size=SMALL, colour=MUTED, align="center")
+    if with_y_labels:
+        for value, text in zip(panels.y.ticks, panels.y.labels, strict=True):
+            at = bottom - panels.y.fraction(value) * panels.plot_height
+            sheet.text(x - 0.06, at, text, size=SMALL, colour=MUTED, align="right", anchor="center")
+
+
+def _draw_line(axes: Axes, line: Line, panels: Panels, *, emphasis: bool) -> None:
+    stroke, points = panels.strokes[line.arm.slug], drawable(line)
+    order = 4 if line.arm.lead else 3  # leading arms lie on top of variants and controls
+    xs = [point.x for point in points]
+    ys, lows, highs = (
+        [panels.y.place(value) for value in column]
+        for column in zip(*((p.y.value, p.y.low, p.y.high) for p in points), strict=True)
+    )
+    if len(points) == 1:
+        axes.plot(xs * 2, [lows[0], highs[0]], color=stroke.line, linewidth=1.2, zorder=order)
+    else:
+        axes.fill_between(xs, lows, highs, color=stroke.line, alpha=0.16, linewidth=0, zorder=2)
+    axes.plot(
+        xs,
+        ys,
+        color=stroke.line,
+        linestyle=(0, stroke.dashes) if stroke.dashes else "-",
+        linewidth=2.0 if emphasis else 1.5,
+        marker="o" if len(points) <= _MOST_DOTS else "",
+        markersize=4.2 if emphasis else 3.2,
+        markeredgewidth=0,
+        zorder=order,
+        clip_on=False,
+    )
+
+
+def _label_ends(panels: Panels, sheet: Sheet, x: float, top: float) -> None:
+    """The right panel's labels, spread beside the ends of their lines and tied to them by thin leaders."""
+    ends = [drawable(line)[-1] for line in panels.lines]
+    heights = [_label_height(label) for label in panels.labels]
+    wishes = [panels.y.fraction(end.y.value) * panels.plot_height for end in ends]
+    slack = max(0.1, (sum(heights) - panels.plot_height) / 2 + 1e-6)
+    centres = spread(wishes, heights, -slack, panels.plot_height + slack)
+    bottom, edge = top + panels.plot_height, x + panels.plot_width + _LEADER
+    for line, label, end, wish, centre in zip(panels.lines, panels.labels, ends, wishes, centres, strict=True):
+        stroke = panels.strokes[line.arm.slug]
+        start = x + panels.x.fraction(end.x) * panels.plot_width
+        sheet.stroke([start + 0.05, edge - 0.04], [bottom - wish, bottom - centre], color=stroke.line, alpha=0.7)
+        first = bottom - centre - len(label) * line_height(LABEL) / 2
+        sheet.lines(edge, first, label, size=LABEL, colour=stroke.text)
+
+
+def _label_baseline(baseline: Line, panels: Panels, sheet: Sheet, top: float) -> None:
+    """The left panel's label, in the clear spot nearest to the end of the baseline."""
+    label = wrap(baseline.arm.label, HEADING, panels.plot_width - 0.2, "bold")
+    size = np.array([max(text_width(text, HEADING, "bold") for text in label), len(label) * line_height(HEADING)])
+    area = np.array([panels.plot_width, panels.plot_height])
+    middle = _clear_spot(_outline(baseline, panels) * area, size, area)
+    first = top + panels.plot_height - middle[1] - size[1] / 2
+    sheet.lines(
+        panels.left + middle[0],
+        first,
+        label,
+        size=HEADING,
+        weight="bold",
+        colour=panels.strokes[baseline.arm.slug].text,
+        align="center",
+        opaque=True,
+    )
+
+
+def _outline(line: Line, panels: Panels) -> np.ndarray:
+    """Points along a line and along its interval's edges, as shares of the axes: [points, 2], the line's end last."""
+    points = drawable(line)
+    xs = [panels.x.fraction(point.x) for point in points]
+    fine = np.linspace(xs[0], xs[-1], 200)
+    curves = [
+        np.interp(fine, xs, [panels.y.fraction(value) for value in column])
+        for column in zip(*((p.y.low, p.y.high, p.y.value) for p in points), strict=True)
+    ]
+    return np.concatenate([np.stack([fine, curve], axis=1) for curve in curves])
+
+
+def _clear_spot(curve: np.ndarray, size: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """The centre of a box of `size` inside `area` that keeps clear of `curve`, near it and near its last point."""
+    grid = np.stack(np.meshgrid(*(np.linspace(s / 2, a - s / 2, 60) for s, a in zip(size, area, strict=True))), -1)
+    centres = grid.reshape(-1, 2)
+    outside = np.maximum(np.abs(centres[:, None] - curve[None]) - size / 2, 0)
+    gaps = np.linalg.norm(outside, axis=-1).min(axis=1)
+    to_end = np.linalg.norm(centres - curve[-1], axis=-1)
+    cost = np.where(gaps >= _CLEAR, gaps + 0.3 * to_end, 1e3 - gaps)
+    spot: np.ndarray = centres[cost.argmin()]
+    return spot
+
+
+def _label_height(label: Sequence[str]) -> float:
+    return len(label) * line_height(LABEL) + _LABEL_SLACK

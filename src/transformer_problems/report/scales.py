@@ -1,0 +1,144 @@
+"""The two axes of a chart: their ends and the ticks that fit."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.ticker import MaxNLocator
+
+from transformer_problems.core.summaries import Chart, Line, Point, ProblemSummary
+from transformer_problems.report.formatting import format_tick
+from transformer_problems.report.sheet import text_width
+
+_MARGIN = 0.05  # share of the span left free at each end
+_BAND_SHARE = 0.25  # how much of the span intervals may add at each end before they are cut off
+_MOST_MEASURED_TICKS = 16
+_TICK_GAP = 0.12  # inches between two tick labels
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One axis.
+
+    Args:
+        log: Logarithmic or linear.
+        low: Lower end.
+        high: Upper end.
+        ticks: Where the ticks stand.
+        labels: What they say.
+        floor: On a logarithmic axis, where values of zero and below are drawn; None where there are none.
+    """
+
+    log: bool
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    labels: tuple[str, ...]
+    floor: float | None = None
+
+    def place(self, value: float) -> float:
+        """Where a value is drawn, in data units."""
+        return max(value, self.floor) if self.floor is not None else max(value, self.low) if self.log else value
+
+    def fraction(self, value: float) -> float:
+        """Where a value is drawn, as a share of the axis."""
+        warp: Callable[[float], float] = math.log10 if self.log else float
+        return (warp(self.place(value)) - warp(self.low)) / (warp(self.high) - warp(self.low))
+
+
+def drawable(line: Line) -> list[Point]:
+    """The points of a line that have a place in a chart: the finite ones."""
+    return [point for point in line.points if math.isfinite(point.x) and math.isfinite(point.y.value)]
+
+
+def has_chart(summary: ProblemSummary) -> bool:
+    """Whether anything was measured that a chart can show."""
+    return any(drawable(line) for line in summary.lines)
+
+
+def y_scale(chart: Chart, lines: Iterable[Line]) -> Scale:
+    """The y axis that holds every line, and most of every interval."""
+    estimates = [point.y for line in lines for point in drawable(line)]
+    values = [e.value for e in estimates]
+    bounds = [b for e in estimates for b in (e.low, e.high) if math.isfinite(b)]
+    floor = None
+    if chart.y_log:
+        positive = [v for v in values if v > 0] or [1.0]
+        bounds = [b for b in bounds if b > 0]
+        if len(positive) < len(values):
+            floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
+            positive.append(floor)
+        low, high = _ends([math.log10(v) for v in positive], [math.log10(b) for b in bounds])
+        ticks = _log_ticks(10**low, 10**high)
+        if floor is not None:
+            ticks = [floor, *(t for t in ticks if t > floor * 2)]
+        labels = ["0" if t == floor else format_tick(t, chart.metric) for t in ticks]
+        return Scale(True, 10**low, 10**high, tuple(ticks), tuple(labels), floor)
+    low, high = _ends(values, bounds)
+    if low < 0 <= min(values):
+        low = 0.0
+    ticks = [t for t in _linear_ticks(low, high, 5) if low <= t <= high]
+    return Scale(False, low, high, tuple(ticks), tuple(format_tick(t, chart.metric) for t in ticks))
+
+
+def x_scale(chart: Chart, lines: Iterable[Line], width: float, size: float) -> Scale:
+    """The x axis: ticks at what was measured, as many as fit in `width` inches at `size` points."""
+    xs = sorted({point.x for line in lines for point in drawable(line)})
+    warp: Callable[[float], float] = math.log10 if chart.x_log else float
+    low, high = warp(xs[0]), warp(xs[-1])
+    margin = _MARGIN / 2 * (high - low) or 0.5
+    unwarp: Callable[[float], float] = (lambda v: 10.0**v) if chart.x_log else float
+    ends = Scale(chart.x_log, unwarp(low - margin), unwarp(high + margin), (), ())
+    ticks = xs
+    if len(xs) > _MOST_MEASURED_TICKS:
+        inner = _log_ticks(xs[0], xs[-1]) if chart.x_log else _linear_ticks(xs[0], xs[-1], 4)
+        ticks = [t for t in inner if xs[0] <= t <= xs[-1]]
+    kept = _thin(ticks, ends, width, size)
+    return Scale(chart.x_log, ends.low, ends.high, tuple(kept), tuple(format_tick(t) for t in kept))
+
+
+def _ends(values: Sequence[float], bounds: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) or 1.0
+    low = min(low, max(min(bounds, default=low), low - _BAND_SHARE * span))
+    high = max(high, min(max(bounds, default=high), high + _BAND_SHARE * span))
+    margin = _MARGIN * ((high - low) or span)
+    return low - margin, high + margin
+
+
+def _linear_ticks(low: float, high: float, most: int) -> list[float]:
+    return [round(float(t), 12) for t in MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten (every other one and so on where they are many), with 2 and 5 between where they are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = math.log10(high / low)
+    step = max(1, math.ceil(decades / 6))
+    for multiples in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [m * 10.0**e for e in range(first, last + 1, step) for m in multiples]
+        ticks = [float(f"{t:.6g}") for t in ticks if low <= t <= high]
+        if len(ticks) >= 3:
+            return ticks
+    return [t for t in _linear_ticks(low, high, 5) if low <= t <= high]
+
+
+def _thin(ticks: Sequence[float], ends: Scale, width: float, size: float) -> list[float]:
+    """Ticks whose labels stand clear of each other: every second or third where that will do."""
+    for step in (1, 2, 3):
+        every = ticks[::-1][::step][::-1]
+        if len(every) >= 3 and _clear_of_each_other(every, ends, width, size) == every:
+            return every
+    return _clear_of_each_other(ticks, ends, width, size)
+
+
+def _clear_of_each_other(ticks: Sequence[float], ends: Scale, width: float, size: float) -> list[float]:
+    kept: list[float] = []
+    edge = math.inf
+    for value in reversed(ticks):
+        half = text_width(format_tick(value), size) / 2
+        centre = ends.fraction(value) * width
+        if centre + half + _TICK_GAP <= edge:
+            kept.append(value)
+            edge = centre - half
+    return kept[::-1]

@@ -1,0 +1,135 @@
+"""The picture: nothing overlaps, nothing falls off the sheet, and the same summary draws the same bytes."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from report_samples import Shelf, around, generalization, quadratic
+
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.records import Interval
+from transformer_problems.core.summaries import Line, Point, ProblemSummary
+from transformer_problems.report.colours import catalogue_colours
+from transformer_problems.report.figures import WIDTH, compose, draw_problem
+
+SHELF = Shelf()
+HAIR = 1.0  # pixels of 1,600 by which two text boxes may touch: hinting rounds to whole pixels
+
+
+def figure_of(summary: ProblemSummary) -> Figure:
+    problem = next(p for p in SHELF.problems if p.number == summary.number)
+    return compose(summary, problem, catalogue_colours(SHELF))
+
+
+def text_boxes(figure: Figure) -> list[tuple[str, Bbox]]:
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+    return [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in texts]
+
+
+def zero_on_log_axis() -> ProblemSummary:
+    summary = quadratic()
+    line = summary.lines[1]
+    zero = tuple(Point(point.x, Interval(0.0, 0.0, 0.0)) for point in line.points)
+    return replace(summary, lines=(summary.lines[0], Line(line.arm, zero), *summary.lines[2:]))
+
+
+def one_point_each() -> ProblemSummary:
+    summary = generalization(8)
+    lines = tuple(Line(line.arm, line.points[-1:]) for line in summary.lines)
+    return replace(summary, lines=lines, chart=replace(summary.chart, x_log=False))
+
+
+def many_points() -> ProblemSummary:
+    summary = generalization(4)
+    lines = tuple(
+        Line(line.arm, tuple(Point(float(x), around(2 + x / 400)) for x in range(1, 401))) for line in summary.lines
+    )
+    return replace(summary, lines=lines, chart=replace(summary.chart, x_log=False, better="higher"))
+
+
+def long_texts() -> ProblemSummary:
+    summary = quadratic()
+    rows = tuple(replace(row, gain=row.gain * 4, cost=row.cost * 3) for row in summary.rows)
+    return replace(summary, rows=rows, finding=summary.finding * 3)
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        pytest.param(generalization(3), id="3 arms"),
+        pytest.param(quadratic(), id="8 arms"),
+        pytest.param(generalization(14), id="14 arms"),
+        pytest.param(zero_on_log_axis(), id="zero on a log axis"),
+        pytest.param(one_point_each(), id="one point each"),
+        pytest.param(many_points(), id="many points"),
+        pytest.param(long_texts(), id="long texts"),
+        pytest.param(replace(quadratic(), lines=quadratic().lines[1:]), id="baseline not measured"),
+    ],
+)
+def test_no_two_texts_overlap_and_all_are_on_the_sheet(summary: ProblemSummary) -> None:
+    figure = figure_of(summary)
+    boxes = text_boxes(figure)
+    assert len(boxes) > len(summary.lines)
+    for (one, a), (other, b) in combinations(boxes, 2):
+        shared = Bbox.intersection(a, b)
+        assert shared is None or min(shared.width, shared.height) <= HAIR, f"{one!r} overlaps {other!r}"
+    for text, box in boxes:
+        assert box.x0 >= 0 <= box.y0, text
+        assert box.x1 <= figure.bbox.width, text
+        assert box.y1 <= figure.bbox.height, text
+
+
+def test_only_chosen_lines_are_labelled_and_leads_have_a_row() -> None:
+    summary = quadratic()
+    texts = [text for text, _ in text_boxes(figure_of(summary))]
+    assert "Sparse, fixed" not in texts
+    assert texts.count("Longformer") == 2  # its line and its row
+    helping = [row for row in summary.rows if row.arm.lead and row.verdict and row.verdict.word == "helps"]
+    assert texts.count("helps") == len(helping)
+    assert any("AMD EPYC" in text for text in texts)
+
+
+def test_text_is_large_enough_at_800_pixels() -> None:
+    at_800 = 800 / (WIDTH * 72)  # pixels a point
+    sizes = [t.get_fontsize() for t in figure_of(generalization()).findobj(Text) if t.get_text()]
+    assert min(sizes) * at_800 >= 10
+
+
+def test_drawing_twice_gives_the_same_bytes_whatever_the_users_style(tmp_path: Path) -> None:
+    summary, problem = quadratic(), SHELF.problems[0]
+    draw_problem(summary, problem, SHELF, tmp_path / "a.png", tmp_path / "a.svg")
+    with mpl.rc_context({"font.size": 20, "axes.grid": True, "lines.linewidth": 7}):
+        before = dict(mpl.rcParams)
+        draw_problem(summary, problem, SHELF, tmp_path / "b.png", tmp_path / "b.svg")
+        assert dict(mpl.rcParams) == before
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_baseline_without_a_line_is_said_to_be_missing_not_replaced() -> None:
+    summary = quadratic()
+    texts = [text for text, _ in text_boxes(figure_of(replace(summary, lines=summary.lines[1:])))]
+    assert "not measured" in texts
+    assert summary.lines[0].arm.label not in texts
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="finite point"):
+        figure_of(replace(quadratic(), lines=()))
+
+
+def test_a_logarithmic_axis_refuses_x_of_zero() -> None:
+    summary = quadratic()
+    line = summary.lines[0]
+    at_zero = Line(line.arm, (Point(0.0, around(1.0)), *line.points))
+    with pytest.raises(ArgumentError, match="x_log"):
+        figure_of(replace(summary, lines=(at_zero,)))

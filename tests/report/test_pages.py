@@ -1,0 +1,53 @@
+"""The Markdown page: a row per arm, every verdict, and planned problems that say so."""
+
+from pathlib import Path
+
+from report_samples import Shelf, generalization, quadratic
+
+from transformer_problems.report.pages import problem_page, write_problem_page
+
+SHELF = Shelf()
+
+
+def table_rows(page: str) -> list[str]:
+    return [line for line in page.splitlines() if line.startswith("|")][2:]
+
+
+def test_table_has_a_row_per_arm_with_as_many_cells_as_headings() -> None:
+    for summary, problem in ((quadratic(), SHELF.problems[0]), (generalization(), SHELF.problems[2])):
+        page = problem_page(summary, problem, SHELF)
+        rows = table_rows(page)
+        assert len(rows) == len(summary.rows)
+        assert {row.count("|") for row in rows} == {len(summary.columns) + 5}
+        assert all(row.arm.label in line for row, line in zip(summary.rows, rows, strict=True))
+
+
+def test_page_tells_finding_verdicts_criterion_notes_and_neighbours() -> None:
+    summary = quadratic()
+    page = problem_page(summary, SHELF.problems[0], SHELF)
+    assert summary.finding in page
+    assert "![Quadratic complexity" in page
+    assert "### Longformer: helps" in page
+    assert SHELF.problems[0].criterion.text in page
+    assert summary.notes[0] in page
+    assert "[02 No positional awareness →](../02_no_positional_awareness/README.md)" in page
+    assert "https://arxiv.org/abs/2004.05150" in page
+    assert "from transformer_problems import SelfAttention" in page
+
+
+def test_a_planned_problem_says_planned_and_shows_no_picture(tmp_path: Path) -> None:
+    path = write_problem_page(None, SHELF.problems[1], SHELF, tmp_path / "new")
+    page = path.read_text(encoding="utf-8")
+    assert path.name == "README.md"
+    assert "this problem is planned" in page
+    assert "### RoPE: planned" in page
+    assert "problem.png" not in page
+    assert not table_rows(page)
+
+
+def test_pages_have_no_runs_of_blank_lines() -> None:
+    for summary, problem in ((quadratic(), SHELF.problems[0]), (None, SHELF.problems[1])):
+        page = problem_page(summary, problem, SHELF)
+        assert "\n\n\n" not in page
+        assert page.endswith("\n")
+        assert not page.endswith("\n\n")
