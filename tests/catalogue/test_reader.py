@@ -7,9 +7,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from transformer_problems.catalogue import Catalogue, CatalogueError, load_catalogue, reader
+from transformer_problems.catalogue import Catalogue, load_catalogue, reader
 from transformer_problems.catalogue.reader import build_catalogue
-from transformer_problems.core.errors import UnknownNameError
+from transformer_problems.core.errors import CatalogueError, UnknownNameError
 
 PROBLEM = """
 [[problem]]

@@ -1,8 +1,8 @@
 """A made-up catalogue and summaries: the shapes that real runs have, with numbers that mean nothing."""
 
 import math
-from dataclasses import dataclass
 
+from transformer_problems.catalogue import Catalogue, Criterion, Outcome, Problem, Reference, Solution, Treatment
 from transformer_problems.core.records import Cell, Environment, Interval, Measurement, Verdict, VerdictWord
 from transformer_problems.core.summaries import Arm, Chart, Column, Line, Point, ProblemSummary, Row
 
@@ -149,73 +149,57 @@ def records(summary: ProblemSummary) -> list[tuple[Cell, Measurement]]:
     ]
 
 
-@dataclass(frozen=True)
-class Source:
-    authors: str = "Beltagy, Peters & Cohan"
-    year: int = 2020
-    title: str = "Longformer: <The> Long-Document Transformer"
-    id: str = "arXiv:2004.05150"
+LONGFORMER_PAPER = Reference(
+    "Longformer: <The> Long-Document Transformer", "Beltagy, Peters & Cohan", 2020, "arXiv:2004.05150"
+)
+RULE = Criterion("Time falls by a tenth, with a < b.", "latency_s", "last", "lower", "ratio", 0.1)
 
 
-@dataclass(frozen=True)
-class Remedy:
-    slug: str
-    name: str
-    how: str = "Each token attends to a <window> & no more."
-    references: tuple[Source, ...] = (Source(),)
-    code: str = "transformer_problems:SelfAttention"
-    example: str = ""
-
-
-@dataclass(frozen=True)
-class Pair:
-    solution: Remedy
-    status: str = "measured"
-    claim: str = "Cost grows as N | not N squared."
-    cost: str = "Far tokens meet only through layers."
-    choose: str = "For long documents."
-    verdict: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.solution.name
-
-
-@dataclass(frozen=True)
-class Rule:
-    text: str = "Time falls by a tenth, with a < b."
-
-
-@dataclass(frozen=True)
-class Trouble:
-    number: int
-    slug: str
-    title: str
-    category: str
-    statement: str = "Twice the text costs <script>four</script> times the time."
-    cause: str = "Every pair is compared & stored."
-    meter: str = "\nSeconds of one\nlayer.\n\n"
-    baseline: str = "Dense attention."
-    criterion: Rule = Rule()
-    references: tuple[Source, ...] = (Source(id="ISBN 0-262-01243-0"),)
-
-    @property
-    def folder(self) -> str:
-        return f"{self.number:02d}_{self.slug}"
-
-
-class Shelf:
-    """Three problems: two like those of the summaries above, and one that is planned."""
-
-    problems = (
-        Trouble(1, "quadratic_complexity", "Quadratic complexity", "Efficiency"),
-        Trouble(2, "no_positional_awareness", "No positional awareness", "Architecture"),
-        Trouble(9, "length_generalization", "Poor length generalization", "Generalization"),
+def trouble(number: int, slug: str, title: str, category: str) -> Problem:
+    return Problem(
+        number,
+        slug,
+        title,
+        category,
+        statement="Twice the text costs <script>four</script> times the time.",
+        cause="Every pair is compared & stored.",
+        meter="Seconds of one\nlayer.",
+        baseline="Dense attention.",
+        criterion=RULE,
+        references=(Reference("Attention", "Vaswani et al.", 2017, "ISBN 0-262-01243-0"),),
     )
 
-    def pairs(self, problem: Trouble) -> tuple[Pair, ...]:
-        if problem.number == 2:
-            return (Pair(Remedy("rope", "RoPE"), status="planned"), Pair(Remedy("alibi", "ALiBi"), status="planned"))
-        summary = {1: quadratic, 9: generalization}[problem.number]()
-        leads = [row.arm for row in summary.rows if row.arm.lead]
-        return tuple(Pair(Remedy(arm.solution or "", arm.label)) for arm in leads)
+
+def pair(problem: Problem, slug: str, name: str, *, measured: bool) -> Treatment:
+    how = "Each token attends to a <window> & no more."
+    code = ("solutions.attention.self_attention:SelfAttention",)
+    solution = Solution(slug, name, "attention", how, code, "", (LONGFORMER_PAPER,))
+    return Treatment(
+        solution,
+        problem,
+        name,
+        claim="Cost grows as N | not N squared.",
+        cost="Far tokens meet only through layers.",
+        choose="when documents are long.",
+        criterion=RULE,
+        code=code,
+        outcome=Outcome("helps", "less time", "more bits") if measured else None,
+    )
+
+
+def shelf() -> Catalogue:
+    """Three problems: two like those of the summaries above, and one that is planned."""
+    problems = (
+        trouble(1, "quadratic_complexity", "Quadratic complexity", "Efficiency"),
+        trouble(2, "no_positional_awareness", "No positional awareness", "Architecture"),
+        trouble(9, "length_generalization", "Poor length generalization", "Generalization"),
+    )
+    first, second, ninth = problems
+    pairs = [
+        pair(problem, row.arm.solution or "", row.arm.label, measured=True)
+        for problem, summary in ((first, quadratic()), (ninth, generalization()))
+        for row in summary.rows
+        if row.arm.lead
+    ]
+    pairs += [pair(second, "rope", "RoPE", measured=False), pair(second, "alibi", "ALiBi", measured=False)]
+    return Catalogue(problems, tuple(p.solution for p in pairs), tuple(pairs))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from report_samples import Shelf, around, generalization, quadratic
+from report_samples import around, generalization, quadratic, shelf
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
@@ -18,7 +18,7 @@ from transformer_problems.core.summaries import Line, Point, ProblemSummary
 from transformer_problems.report.colours import catalogue_colours
 from transformer_problems.report.figures import WIDTH, compose, draw_problem
 
-SHELF = Shelf()
+SHELF = shelf()
 HAIR = 1.0  # pixels of 1,600 by which two text boxes may touch: hinting rounds to whole pixels
 
 

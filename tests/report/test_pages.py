@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from report_samples import Shelf, generalization, quadratic
+from report_samples import generalization, quadratic, shelf
 
 from transformer_problems.report.pages import problem_page, write_problem_page
 
-SHELF = Shelf()
+SHELF = shelf()
 
 
 def table_rows(page: str) -> list[str]:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_samples import Shelf, generalization, quadratic, records
+from report_samples import generalization, quadratic, records, shelf
 
 from transformer_problems.report import write_report
 
@@ -53,7 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     summaries = {1: quadratic(), 9: generalization()}
     known = {number: records(summary) for number, summary in summaries.items()}
-    assert write_report(folder, Shelf(), summaries, known) == folder / "index.html"
+    assert write_report(folder, shelf(), summaries, known) == folder / "index.html"
     return folder
 
 
@@ -64,7 +64,7 @@ def pages(site: Path) -> dict[str, Page]:
 
 def test_every_problem_has_a_page_and_measured_ones_have_records(site: Path, pages: dict[str, Page]) -> None:
     assert "index.html" in pages
-    for problem in Shelf.problems:
+    for problem in shelf().problems:
         home = site / problem.folder
         assert f"{problem.folder}/index.html" in pages
         for name in ("problem.png", "problem.svg", "records.csv", "records.html"):
@@ -122,14 +122,14 @@ def test_planned_problems_and_verdicts_are_said_in_words(pages: dict[str, Page])
 
 def test_writing_twice_gives_the_same_bytes(site: Path, tmp_path: Path) -> None:
     summaries = {1: quadratic()}
-    write_report(tmp_path, Shelf(), summaries, {1: records(summaries[1])})
+    write_report(tmp_path, shelf(), summaries, {1: records(summaries[1])})
     for path in (tmp_path / "01_quadratic_complexity").iterdir():
         assert path.read_bytes() == (site / "01_quadratic_complexity" / path.name).read_bytes(), path.name
 
 
 def test_a_problem_whose_cells_all_failed_has_a_page_without_picture(tmp_path: Path) -> None:
     summary = replace(quadratic(), lines=(), finding="not measured: the worker ran out of memory")
-    write_report(tmp_path, Shelf(), {1: summary}, {1: []})
+    write_report(tmp_path, shelf(), {1: summary}, {1: []})
     page = Page(tmp_path / "01_quadratic_complexity" / "index.html")
     assert summary.finding in page.words
     assert "svg" not in page.tags
@@ -137,5 +137,5 @@ def test_a_problem_whose_cells_all_failed_has_a_page_without_picture(tmp_path: P
 
 
 def test_a_site_without_results_says_how_to_get_them(tmp_path: Path) -> None:
-    page = Page(write_report(tmp_path, Shelf(), {}, {}))
+    page = Page(write_report(tmp_path, shelf(), {}, {}))
     assert "transformer-problems measure" in page.words

@@ -10,11 +10,9 @@ from transformer_problems.catalogue.entries import (
     Treatment,
 )
 from transformer_problems.catalogue.reader import load_catalogue
-from transformer_problems.catalogue.table import CatalogueError
 
 __all__ = [
     "Catalogue",
-    "CatalogueError",
     "Criterion",
     "Outcome",
     "Problem",

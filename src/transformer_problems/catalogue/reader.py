@@ -27,7 +27,8 @@ from transformer_problems.catalogue.entries import (
     Solution,
     Treatment,
 )
-from transformer_problems.catalogue.table import CatalogueError, Table
+from transformer_problems.catalogue.table import Table
+from transformer_problems.core.errors import CatalogueError
 from transformer_problems.core.records import Scale, VerdictWord
 
 Source = tuple[str, str]

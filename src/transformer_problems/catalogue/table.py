@@ -4,11 +4,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from transformer_problems.core.errors import TransformerProblemsError
-
-
-class CatalogueError(TransformerProblemsError):
-    """The catalogue, or what an installed package adds to it, breaks a rule of its form."""
+from transformer_problems.core.errors import CatalogueError
 
 
 class Table:

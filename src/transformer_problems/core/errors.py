@@ -5,6 +5,7 @@ TransformerProblemsError
 │   ├── UnknownNameError                a name nobody has; the nearest ones are listed
 │   ├── SequenceTooLongError            longer than a fixed-length method allows
 │   └── CombinationError                two parts that do not fit each other
+├── CatalogueError                      the catalogue, or what a package adds to it, breaks its form
 ├── MissingDependencyError (ImportError) an optional package is not installed
 ├── DeviceError                         a device that this machine does not have
 ├── ContractError (AssertionError)      a module breaks the contract of its slot
@@ -48,6 +49,10 @@ class SequenceTooLongError(ArgumentError):
 
 class CombinationError(ArgumentError):
     """Two parts that cannot work together."""
+
+
+class CatalogueError(TransformerProblemsError):
+    """The catalogue, or what an installed package adds to it, breaks a rule of its form."""
 
 
 class MissingDependencyError(TransformerProblemsError, ImportError):

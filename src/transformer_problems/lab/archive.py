@@ -60,7 +60,7 @@ def load_archive(folder: Path, name: str) -> Archive | None:
         return Archive(problem, scale, Environment(**told["environment"]), records, failures)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreCorruptedError(
-            f"{circumstances} and {table.name} do not hold a whole archive ({error}). Restore them from version control."
+            f"{circumstances} and {table.name} are not a whole archive ({error}). Restore them from version control."
         ) from error
 
 

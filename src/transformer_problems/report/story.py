@@ -1,6 +1,6 @@
 """What every page tells of a problem, whatever its markup: verdicts by solution, status words, reference links."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ def pairs_best_first(
     return sorted(told, key=lambda entry: _VERDICT_ORDER.index(entry[1]))
 
 
-def import_line(code: str) -> str:
-    """The import that "module:attribute" stands for."""
-    module, _, attribute = code.partition(":")
-    return f"from {module} import {attribute}"
+def import_line(code: Sequence[str]) -> str:
+    """The import that brings the names of some "module:attribute" paths, all of them public."""
+    return f"from transformer_problems import {', '.join(path.rpartition(':')[2] for path in code)}"
 
 
 def reference_url(reference: Reference) -> str:
