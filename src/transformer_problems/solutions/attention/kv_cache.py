@@ -25,42 +25,45 @@ class KVCache:
 
     Args:
         lookback: Keys before a query's own that are ever needed; older ones are dropped. None keeps all.
+        num_sinks: First tokens that are kept whatever their age.
 
     Shape:
-        keys, values: [B, G, M, D] with M the tokens held; positions: [M].
+        keys, values: [B, G, M, D] with M the tokens held, sinks first; positions: [M].
     """
 
     batch_size: int
     lookback: int | None = None
+    num_sinks: int = 0
     num_seen: int = 0
     _buffer: _Buffer | None = None
-    _start: int = 0
+    _dropped: int = 0  # slots of the buffer, between the sinks and the tokens after them, that are no longer held
     _end: int = 0
 
     @classmethod
-    def empty(cls, batch_size: int, *, lookback: int | None = None) -> Self:
-        return cls(batch_size, lookback)
+    def empty(cls, batch_size: int, *, lookback: int | None = None, num_sinks: int = 0) -> Self:
+        return cls(batch_size, lookback, num_sinks)
 
     def __len__(self) -> int:
-        return self._end - self._start
+        return self._end - self._dropped
 
     @property
     def keys(self) -> Tensor:
-        return self._held.k[:, :, self._start : self._end]
+        return self._view(self._held.k)
 
     @property
     def values(self) -> Tensor:
-        return self._held.v[:, :, self._start : self._end]
+        return self._view(self._held.v)
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the tokens held: the last of all that were seen."""
-        return torch.arange(self.num_seen - len(self), self.num_seen, device=self._held.k.device)
+        """Positions of the tokens held: the sinks', then the last of all that were seen."""
+        index = torch.arange(len(self), device=self._held.k.device)
+        return index + (index >= self.num_sinks) * (self.num_seen - len(self))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the keys and values held, without spare room."""
-        return 0 if self._buffer is None else 2 * self.keys.numel() * self.keys.element_size()
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self._buffer is None else {"keys": self.keys, "values": self.values}
@@ -69,35 +72,42 @@ class KVCache:
         if self._buffer is None:
             return self
         buffer = _Buffer(self.keys.detach(), self.values.detach(), len(self))
-        return replace(self, _buffer=buffer, _start=0, _end=len(self))
+        return replace(self, _buffer=buffer, _dropped=0, _end=len(self))
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens. k, v: [B, G, n, D]."""
         n = k.shape[-2]
         buffer = self._buffer
-        if k.requires_grad or (buffer is not None and buffer.k.requires_grad):
+        past = () if buffer is None else (buffer.k, buffer.v)
+        if any(x.requires_grad for x in (k, v, *past)):
             held = (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
             return self._with(_Buffer(*held, len(self) + n), 0, n)
         if buffer is None or buffer.filled != self._end or buffer.k.shape[2] < self._end + n:
-            buffer, start = self._moved(k, v, len(self) + n), 0
+            buffer, dropped = self._moved(k, v, len(self) + n), 0
         else:
-            start = self._start
-        end = start + len(self)
+            dropped = self._dropped
+        end = dropped + len(self)
         buffer.k[:, :, end : end + n] = k
         buffer.v[:, :, end : end + n] = v
         buffer.filled = end + n
-        return self._with(buffer, start, n)
+        return self._with(buffer, dropped, n)
 
     def trimmed(self) -> Self:
         """The cache without the tokens that no later query can see."""
-        if self.lookback is None or len(self) <= self.lookback:
+        if self.lookback is None or len(self) <= self.num_sinks + self.lookback:
             return self
-        return replace(self, _start=self._end - self.lookback)
+        return replace(self, _dropped=self._end - self.num_sinks - self.lookback)
 
-    def _with(self, buffer: _Buffer, start: int, added: int) -> Self:
-        return replace(
-            self, num_seen=self.num_seen + added, _buffer=buffer, _start=start, _end=start + len(self) + added
-        )
+    def _view(self, x: Tensor) -> Tensor:
+        """The slots held, [B, G, M, D]; copied where sinks and the rest lie apart."""
+        recent = x[:, :, self.num_sinks + self._dropped : self._end]
+        if self._dropped == 0:
+            return x[:, :, : self._end]
+        return recent if self.num_sinks == 0 else torch.cat([x[:, :, : self.num_sinks], recent], dim=2)
+
+    def _with(self, buffer: _Buffer, dropped: int, added: int) -> Self:
+        end = dropped + len(self) + added
+        return replace(self, num_seen=self.num_seen + added, _buffer=buffer, _dropped=dropped, _end=end)
 
     def _moved(self, k: Tensor, v: Tensor, needed: int) -> _Buffer:
         """A buffer of at least twice what is needed, with the held tokens at its front."""

@@ -9,7 +9,7 @@ from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_streams
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, StreamingOp, token_positions
-from transformer_problems.solutions.attention.dense import DenseAttention
+from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
 
@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         embed_dim: C, the model width.
         num_heads: H, query heads; C must be a multiple of it.
         num_kv_heads: G, key/value heads, a divisor of H; fewer than H is grouped-query attention. Default H.
-        op: The attention op. Default DenseAttention.
+        op: The attention op. Default FlashAttention.
         position: An encoding that acts inside attention (rotary, ALiBi, relative). Default none.
         is_causal: Token i sees only tokens up to i.
         bias: Projections carry a bias term.
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        self.op: AttentionOp = DenseAttention() if op is None else op
+        self.op: AttentionOp = FlashAttention() if op is None else op
         self.position = position
         self.is_causal = is_causal
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
@@ -90,7 +90,9 @@ class SelfAttention(nn.Module):
         check_streams(self.position)
         if isinstance(self.op, StreamingOp):
             return self.op.initial_state(batch_size)
-        return KVCache.empty(batch_size, lookback=getattr(self.op, "lookback", None))
+        return KVCache.empty(
+            batch_size, lookback=getattr(self.op, "lookback", None), num_sinks=getattr(self.op, "num_sinks", 0)
+        )
 
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""

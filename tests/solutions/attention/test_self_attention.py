@@ -1,0 +1,188 @@
+"""SelfAttention: the layer against the formula and PyTorch's, its streaming, and the combinations it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.solutions.attention.flash import FlashAttention
+from transformer_problems.solutions.attention.kv_cache import KVCache
+from transformer_problems.solutions.attention.linformer import Linformer
+from transformer_problems.solutions.attention.performer import Performer
+from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.attention.sliding_window import SlidingWindow
+from transformer_problems.solutions.position.alibi import ALiBi
+from transformer_problems.solutions.position.rotary import RotaryEmbedding
+from transformer_problems.solutions.position.rotary_scaling import ScaledRotaryEmbedding
+from transformer_problems.solutions.position.shaw import ShawRelative
+from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
+
+WIDTH, HEADS = 16, 4
+DIM = WIDTH // HEADS
+
+
+def build(**arguments: object) -> SelfAttention:
+    torch.manual_seed(0)
+    return SelfAttention(WIDTH, HEADS, **arguments).double()  # type: ignore[arg-type]
+
+
+def draw(length: int, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, length, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def naive(layer: SelfAttention, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Head by head with the layer's weights."""
+    repeats, heads = layer.num_heads // layer.num_kv_heads, []
+    for h in range(layer.num_heads):
+        own, shared = slice(h * DIM, (h + 1) * DIM), slice(h // repeats * DIM, (h // repeats + 1) * DIM)
+        q, k, v = x @ layer.q_proj.weight[own].T, x @ layer.k_proj.weight[shared].T, x @ layer.v_proj.weight[shared].T
+        weights = (q @ k.mT / DIM**0.5).exp()
+        if layer.is_causal:
+            weights = weights.tril()
+        if key_mask is not None:
+            weights = weights * key_mask[:, None, :]
+        total = weights.sum(-1, keepdim=True)
+        heads.append(weights / torch.where(total == 0, 1.0, total) @ v)
+    return torch.cat(heads, -1) @ layer.out_proj.weight.T
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("length", [1, 63, 64, 100, 101])
+def test_equals_the_formula(length: int, num_kv_heads: int, is_causal: bool) -> None:
+    layer, x = build(num_kv_heads=num_kv_heads, is_causal=is_causal), draw(length).requires_grad_()
+    key_mask = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.7
+    key_mask[0, 0] = False  # with causality, a row without a key
+    for mask in (None, key_mask):
+        ours, theirs = layer(x, key_mask=mask), naive(layer, x, mask)
+        # float64 sums of about a hundred terms of order one
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+        inputs = (x, *layer.parameters())
+        ours_grads, theirs_grads = (torch.autograd.grad(y.square().sum(), inputs) for y in (ours, theirs))
+        torch.testing.assert_close(ours_grads, theirs_grads, atol=1e-10, rtol=0)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_pytorch(bias: bool) -> None:
+    layer, x = build(bias=bias), draw(50)
+    peer = nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=True, dtype=torch.float64)
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    state = {"in_proj_weight": torch.cat([p.weight for p in projections]), "out_proj.weight": layer.out_proj.weight}
+    if bias:
+        state |= {"in_proj_bias": torch.cat([p.bias for p in projections]), "out_proj.bias": layer.out_proj.bias}
+    peer.load_state_dict(state)
+    hidden = torch.ones(50, 50, dtype=torch.bool).triu(1)
+    theirs, _ = peer(x, x, x, attn_mask=hidden, need_weights=False)
+    torch.testing.assert_close(layer(x), theirs, atol=1e-12, rtol=0)  # float64 sums of fifty terms
+
+
+POSITIONS: dict[str, PositionEncoding | None] = {
+    "none": None,
+    "rotary": RotaryEmbedding(DIM),
+    "alibi": ALiBi(HEADS),
+    "shaw": ShawRelative(DIM, max_distance=4),
+}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), num_kv_heads=st.sampled_from([1, 2, 4]))
+def test_streamed_chunks_equal_the_whole(position: str, sizes: list[int], num_kv_heads: int) -> None:
+    layer = build(num_kv_heads=num_kv_heads, position=POSITIONS[position])
+    check_streaming(layer, sizes)
+
+
+@pytest.mark.parametrize(
+    "op", [FlashAttention(), FlashAttention(backend="tiled", block_size=8), SlidingWindow(5), Performer(DIM)], ids=repr
+)
+@settings(max_examples=10, deadline=None)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_streamed_chunks_equal_the_whole_with_other_ops(op: nn.Module, sizes: list[int]) -> None:
+    check_streaming(build(num_kv_heads=2, op=op, position=RotaryEmbedding(DIM)), sizes)
+
+
+def check_streaming(layer: SelfAttention, sizes: list[int]) -> None:
+    x = draw(sum(sizes))
+    state, parts = layer.initial_state(2), []
+    for chunk in x.split(sizes, dim=1):
+        y, state = layer.stream(chunk, state)
+        parts.append(y)
+    assert state.num_seen == sum(sizes)
+    # the same float64 sums in another order; rotary angles are float32 and equal in both
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x), atol=1e-12, rtol=0)
+
+
+def test_one_prefix_continues_in_several_ways() -> None:
+    layer, prefix, one, other = build(), draw(9), draw(5, seed=1), draw(5, seed=2)
+    with torch.no_grad():
+        _, state = layer.stream(prefix, layer.initial_state(2))
+        for ending in (one, other, one):
+            y, _ = layer.stream(ending, state)
+            whole = layer(torch.cat([prefix, ending], 1))[:, 9:]
+            torch.testing.assert_close(y, whole, atol=1e-12, rtol=0)  # float64 sums in another order
+
+
+def test_streamed_gradients_equal_those_of_the_whole() -> None:
+    layer, x = build(), draw(20)
+    layer(x).square().sum().backward()
+    whole = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    state, loss = layer.initial_state(2), torch.zeros((), dtype=torch.float64)
+    for chunk in x.split([7, 1, 12], dim=1):
+        y, state = layer.stream(chunk, state)
+        loss = loss + y.square().sum()
+    loss.backward()
+    # float64 sums over forty tokens of gradients of order ten
+    torch.testing.assert_close([p.grad for p in layer.parameters()], whole, atol=1e-11, rtol=0)
+
+
+def test_positions_given_are_positions_used() -> None:
+    layer, x = build(position=RotaryEmbedding(DIM)), draw(20)
+    positions = torch.arange(20) * 3
+    assert not torch.allclose(layer(x, positions=positions), layer(x))
+    each = layer(x, positions=torch.stack([positions, torch.arange(20)]))
+    torch.testing.assert_close(each[0], layer(x, positions=positions)[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(each[1], layer(x)[1], atol=1e-12, rtol=0)
+
+
+def test_the_state_is_the_ops_own_or_a_cache_with_its_lookback() -> None:
+    assert build(op=Performer(DIM)).initial_state(2) == Performer(DIM).initial_state(2)
+    cache = build(op=SlidingWindow(5)).initial_state(2)
+    assert isinstance(cache, KVCache) and cache.lookback == 5
+    assert build().initial_state(2).lookback is None
+
+
+def test_bfloat16() -> None:
+    layer, x = build(), draw(64)
+    expected = layer(x)
+    half = layer.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    # a bfloat16 step is 2^-8; three matmuls, weights and outputs below one each add half a step of their size
+    torch.testing.assert_close(half.double(), expected, atol=2**-5, rtol=0)
+
+
+def test_wrong_combinations_are_refused() -> None:
+    with pytest.raises(CombinationError, match=r"Linformer cannot be causal.*is_causal=False"):
+        build(op=Linformer(10, 4))
+    for op in (Performer(DIM), Linformer(10, 4)):
+        with pytest.raises(CombinationError, match=f"ALiBi adds a bias to the scores, which {type(op).__name__}"):
+            build(op=op, position=ALiBi(HEADS), is_causal=False)
+    with pytest.raises(CombinationError, match=r"SinusoidalEncoding .*not inside attention.*Decoder"):
+        build(position=SinusoidalEncoding(WIDTH))
+    dynamic = ScaledRotaryEmbedding(DIM, method="dynamic_ntk", factor=4, trained_length=16)
+    with pytest.raises(CombinationError, match="depends on the final length"):
+        build(position=dynamic).initial_state(2)
+    with pytest.raises(ArgumentError, match="is_causal must be True to stream"):
+        build(is_causal=False).initial_state(2)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"embed_dim must be a multiple of num_heads; got 16 and 3"):
+        SelfAttention(16, 3)
+    with pytest.raises(ArgumentError, match=r"num_heads must be a multiple of num_kv_heads; got 4 and 3"):
+        SelfAttention(16, 4, num_kv_heads=3)
