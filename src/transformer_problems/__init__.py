@@ -1,4 +1,4 @@
-"""See 18 limitations of Transformers measured, fix each with a tested solution, check your own model.
+"""See 18 limitations of Transformers measured, and fix each with a tested solution.
 
 Every public name is listed here once and loaded at first use, so importing this package does not import torch.
 """
@@ -9,15 +9,32 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ALiBi": "solutions.position.alibi",
     "Decoder": "models.decoder",
     "DenseAttention": "solutions.attention.dense",
     "Encoder": "models.encoder",
+    "FlashAttention": "solutions.attention.flash",
     "KVCache": "solutions.attention.kv_cache",
+    "LearnedPositions": "solutions.position.learned",
+    "Linformer": "solutions.attention.linformer",
+    "LongformerAttention": "solutions.attention.longformer",
+    "Performer": "solutions.attention.performer",
+    "PositionEncoding": "core.slots",
+    "RandomizedPositions": "solutions.position.randomized",
     "RotaryEmbedding": "solutions.position.rotary",
+    "ScaledRotaryEmbedding": "solutions.position.rotary_scaling",
     "SelfAttention": "solutions.attention.self_attention",
+    "ShawRelative": "solutions.position.shaw",
+    "SinusoidalEncoding": "solutions.position.sinusoidal",
+    "SlidingWindow": "solutions.attention.sliding_window",
+    "SparseAttention": "solutions.attention.sparse",
+    "T5RelativeBias": "solutions.position.t5",
+    "TransformerXL": "solutions.recurrence.transformer_xl",
+    "TransformerXLRelative": "solutions.position.transformer_xl",
+    "XPos": "solutions.position.xpos",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,110 @@
+"""The commands and their options; each answers from the catalogue or hands on to the lab and the report."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformer_problems import __version__
+from transformer_problems.catalogue import load_catalogue
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class ScaleOption(StrEnum):
+    quick = "quick"
+    standard = "standard"
+    full = "full"
+
+
+class DeviceOption(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class FormatOption(StrEnum):
+    json = "json"
+    csv = "csv"
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """See 18 limitations of Transformers measured on your own machine, each with its tested solutions."""
+    if version:
+        typer.echo(f"transformer-problems {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("list")
+def list_problems(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")] = False,
+) -> None:
+    """List the 18 problems and their solutions, with the verdicts of the published measurements."""
+    from transformer_problems.cli.tables import catalogue_table, problems_as_json
+
+    catalogue = load_catalogue()
+    if as_json:
+        typer.echo(json.dumps(problems_as_json(catalogue), indent=2, ensure_ascii=False))
+    else:
+        catalogue_table(catalogue)
+
+
+@app.command()
+def show(problem: Annotated[str, typer.Argument(help="Number (01) or slug (quadratic_complexity).")]) -> None:
+    """Explain one problem: what goes wrong, why, how it is measured, and what each solution does."""
+    from transformer_problems.cli.tables import show_problem
+
+    catalogue = load_catalogue()
+    show_problem(catalogue, catalogue.problem(problem))
+
+
+@app.command()
+def measure(
+    problems: Annotated[
+        list[str] | None, typer.Argument(help="Numbers or slugs; all that have an experiment if none is given.")
+    ] = None,
+    scale: Annotated[ScaleOption, typer.Option(help="quick: minutes; standard: the published one; full.")] = (
+        ScaleOption.quick
+    ),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds an arm, if not the scale's own number.")] = None,
+    device: Annotated[DeviceOption, typer.Option(help="auto takes a GPU where there is one.")] = DeviceOption.auto,
+    out: Annotated[Path, typer.Option(help="Folder for results, pictures and pages.")] = Path("report"),
+) -> None:
+    """Measure problems and their solutions side by side on this machine, then draw what was measured.
+
+    Stop it at any time; the same command goes on where it stopped.
+    """
+    from transformer_problems.cli.measure import measure_problems
+
+    measure_problems(problems or [], scale.value, seeds, device.value, out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `measure` wrote.")]) -> None:
+    """Draw the pictures and pages of a folder again from its results."""
+    from transformer_problems.cli.measure import redraw
+
+    redraw(folder)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `measure` wrote.")],
+    format: Annotated[FormatOption, typer.Option("--format", help="Form of the output.")] = FormatOption.json,
+) -> None:
+    """Print every measurement of a folder, with its unit and environment."""
+    from transformer_problems.cli.measure import export_results
+
+    export_results(folder, format.value)

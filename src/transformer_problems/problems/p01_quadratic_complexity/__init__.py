@@ -1,0 +1,1 @@
+"""Problem 01: attention costs the square of the sequence length."""

@@ -1,0 +1,1 @@
+"""Problem 03: fixed context window."""

@@ -1,0 +1,1 @@
+"""Problem 04: slow autoregressive decoding."""

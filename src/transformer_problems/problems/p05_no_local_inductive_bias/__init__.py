@@ -1,0 +1,1 @@
+"""Problem 05: no local inductive bias."""

@@ -1,0 +1,1 @@
+"""Problem 06: data-hungry architecture."""

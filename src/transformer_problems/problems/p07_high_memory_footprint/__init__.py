@@ -1,0 +1,1 @@
+"""Problem 07: high memory footprint."""

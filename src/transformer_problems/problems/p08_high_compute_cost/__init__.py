@@ -1,0 +1,1 @@
+"""Problem 08: high compute and power cost."""

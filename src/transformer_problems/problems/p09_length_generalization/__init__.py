@@ -1,0 +1,1 @@
+"""Problem 09: quality falls on sequences longer than those of training."""

@@ -1,0 +1,1 @@
+"""Problem 10: training instability."""

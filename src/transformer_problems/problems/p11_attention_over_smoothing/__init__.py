@@ -1,0 +1,1 @@
+"""Problem 11: attention over-smoothing."""

@@ -1,0 +1,1 @@
+"""Problem 12: no recurrence / streaming."""

@@ -1,0 +1,1 @@
+"""Problem 13: large model size."""

@@ -1,0 +1,1 @@
+"""Problem 14: sensitivity to noise tokens."""

@@ -1,0 +1,1 @@
+"""Problem 15: poor interpretability."""

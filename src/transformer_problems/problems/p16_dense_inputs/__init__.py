@@ -1,0 +1,1 @@
+"""Problem 16: inefficient for dense inputs."""

@@ -1,0 +1,1 @@
+"""Problem 17: hardware inefficiency."""

@@ -1,0 +1,1 @@
+"""Problem 18: real-time deployment."""

@@ -1,0 +1,194 @@
+"""The command line as a user meets it: what it prints, what it leaves, and how it refuses."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = [sys.executable, "-c", "from transformer_problems.cli import main; main()"]
+
+
+def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, env=environment, **options)
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one line that a mistake is answered with."""
+    done = run(*arguments)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with problem 02 measured, one seed."""
+    out = tmp_path_factory.mktemp("measured") / "report"
+    done = run("measure", "02", "--out", out, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "RoPE" in done.stdout
+    assert "Warning" not in done.stderr
+    return out
+
+
+def test_list_as_json_has_the_promised_form() -> None:
+    problems = json.loads(run("list", "--json").stdout)
+    assert [p["number"] for p in problems] == list(range(1, 19))
+    assert sum(len(p["solutions"]) for p in problems) == 77
+    for problem in problems:
+        assert set(problem) == {"number", "slug", "title", "category", "solutions"}
+        for solution in problem["solutions"]:
+            assert set(solution) == {"slug", "name", "status", "verdict"}
+            assert solution["status"] in {"measured", "planned"}
+            assert (solution["verdict"] is None) == (solution["status"] == "planned")
+
+
+def test_list_and_show_tell_what_is_planned() -> None:
+    listed = run("list").stdout
+    assert "Quadratic complexity" in listed
+    assert "planned" in listed
+    shown = run("show", "quadratic_complexity").stdout
+    assert "Performer" in shown
+    assert "arXiv:2009.14794" in shown
+    assert run("show", "1").stdout == shown == run("show", "01").stdout
+
+
+def test_measure_leaves_what_it_promises(measured: Path) -> None:
+    assert (measured / "results.sqlite").exists()
+    assert (measured / "02_no_positional_awareness" / "problem.png").read_bytes().startswith(b"\x89PNG")
+    index = (measured / "index.html").read_text()
+    assert "planned" in index
+    assert "No positional awareness" in index
+
+
+def test_measuring_again_finds_everything_done(measured: Path) -> None:
+    started = time.monotonic()
+    done = run("measure", "02", "--out", measured, "--device", "cpu")
+    assert "8 of 8 cells are finished already" in done.stdout
+    assert done.returncode == 0
+    assert time.monotonic() - started < 60  # nothing is trained again
+
+
+def test_report_draws_again_from_the_results(measured: Path) -> None:
+    picture = measured / "02_no_positional_awareness" / "problem.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    assert run("report", measured).returncode == 0
+    assert picture.read_bytes() == before
+
+
+def test_export_gives_every_measurement(measured: Path) -> None:
+    rows = json.loads(run("export", measured, "--format", "json").stdout)
+    table = list(csv.DictReader(io.StringIO(run("export", measured, "--format", "csv").stdout)))
+    assert len(rows) == len(table) > 1000
+    assert {row["problem"] for row in rows} == {2}
+    assert all(row["unit"] for row in table)
+
+
+@pytest.mark.parametrize("command", ["measure", "show"])
+def test_an_unknown_problem_lists_the_nearest(command: str) -> None:
+    assert "quadratic_complexity" in refused(command, "quadratic_complexty")
+    assert "unknown problem '99'" in refused(command, "99")
+
+
+def test_an_unknown_option_or_value_is_one_line(tmp_path: Path) -> None:
+    assert "--scale" in refused("measure", "--scale", "tiny", "--out", tmp_path)
+    assert "--seeds" in refused("measure", "--seeds", "0", "--out", tmp_path)
+    assert "lst" in refused("lst")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    assert "--device cuda" in refused("measure", "02", "--device", "cuda", "--out", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "Choose another --out" in refused("measure", "02", "--out", tmp_path / "file" / "report")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def damaged_files(folder: Path, measured: Path) -> dict[str, bytes]:
+    whole = (measured / "results.sqlite").read_bytes()
+    other = folder / "other.sqlite"
+    other.write_bytes(whole)
+    with sqlite3.connect(other) as connection:
+        connection.execute("PRAGMA user_version = 999")
+    connection.close()
+    return {
+        "truncated": whole[: len(whole) // 2],
+        "other version": other.read_bytes(),
+        "no results file": b"hello, this is a text file and not a database" * 10,
+    }
+
+
+def test_a_damaged_results_file_is_left_alone(measured: Path, tmp_path: Path) -> None:
+    for name, content in damaged_files(tmp_path, measured).items():
+        out = tmp_path / name
+        out.mkdir()
+        (out / "results.sqlite").write_bytes(content)
+        for command in (["measure", "02", "--out", out], ["report", out], ["export", out]):
+            assert "move it away" in refused(*command), name
+        assert (out / "results.sqlite").read_bytes() == content
+
+
+def test_a_folder_without_results_is_told_what_to_do(tmp_path: Path) -> None:
+    assert "Measure first" in refused("report", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def start_measuring(out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PROGRAM, "measure", "02", "--out", str(out), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finished_cells(out: Path) -> int:
+    if not (out / "results.sqlite").exists():
+        return 0
+    connection = sqlite3.connect(out / "results.sqlite")
+    try:
+        return connection.execute("SELECT count(*) FROM cells WHERE seconds IS NOT NULL").fetchone()[0]
+    except sqlite3.OperationalError:  # the tables are being made
+        return 0
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_a_stopped_run_keeps_its_finished_cells_and_goes_on(stop: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    process = start_measuring(out)
+    while finished_cells(out) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.strip().splitlines()[-1].startswith("stopped; every finished cell is kept")
+        assert "Traceback" not in errors
+    kept = finished_cells(out)
+    assert kept >= 2
+    done = run("measure", "02", "--out", out, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} of 8 cells are finished already" in done.stdout
+    assert finished_cells(out) == 8

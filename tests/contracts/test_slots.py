@@ -1,0 +1,122 @@
+"""Every attention op, position encoding and mixer of the catalogue keeps the contract of its slot.
+
+A catalogue entry of one of these roles without a sample here fails the build.
+"""
+
+import pytest
+import torch
+
+from transformer_problems import (
+    ALiBi,
+    DenseAttention,
+    FlashAttention,
+    LearnedPositions,
+    Linformer,
+    LongformerAttention,
+    Performer,
+    RandomizedPositions,
+    RotaryEmbedding,
+    ScaledRotaryEmbedding,
+    SelfAttention,
+    ShawRelative,
+    SinusoidalEncoding,
+    SlidingWindow,
+    SparseAttention,
+    T5RelativeBias,
+    TransformerXL,
+    TransformerXLRelative,
+    XPos,
+)
+from transformer_problems.catalogue import load_catalogue
+from transformer_problems.core.errors import CombinationError
+from transformer_problems.testing import check_attention_op, check_mixer, check_position
+
+WIDTH, HEADS, HEAD_DIM = 32, 4, 8
+
+OPS = {
+    "dense": DenseAttention,
+    "flash_sdpa": lambda: FlashAttention(backend="sdpa"),
+    "flash_tiled": lambda: FlashAttention(backend="tiled", block_size=16),
+    "window": lambda: SlidingWindow(5),
+    "window_dilated": lambda: SlidingWindow(5, dilation=2),
+    "window_dilated_by_head": lambda: SlidingWindow(5, dilation=(1, 1, 2, 3)),
+    "sparse_strided": lambda: SparseAttention(8),
+    "sparse_fixed": lambda: SparseAttention(8, pattern="fixed"),
+    "performer": lambda: Performer(HEAD_DIM, num_features=16),
+    "linformer": lambda: Linformer(101, 16, dtype=torch.float64),
+}
+MAX_LEN = {"linformer": 101}
+
+POSITIONS = {
+    "sinusoidal": lambda: SinusoidalEncoding(WIDTH),
+    "learned": lambda: LearnedPositions(128, WIDTH),
+    "shaw": lambda: ShawRelative(HEAD_DIM, max_distance=4),
+    "t5": lambda: T5RelativeBias(HEADS, num_buckets=8, max_distance=16),
+    "t5_bidirectional": lambda: T5RelativeBias(HEADS, num_buckets=8, max_distance=16, is_causal=False),
+    "transformer_xl": lambda: TransformerXLRelative(WIDTH, HEADS),
+    "rope": lambda: RotaryEmbedding(HEAD_DIM),
+    "alibi": lambda: ALiBi(HEADS),
+    "xpos": lambda: XPos(HEAD_DIM),
+    "linear": lambda: ScaledRotaryEmbedding(HEAD_DIM, method="linear", factor=4, trained_length=16),
+    "ntk": lambda: ScaledRotaryEmbedding(HEAD_DIM, method="ntk", factor=4, trained_length=16),
+    "dynamic_ntk": lambda: ScaledRotaryEmbedding(HEAD_DIM, method="dynamic_ntk", factor=4, trained_length=16),
+    "yarn": lambda: ScaledRotaryEmbedding(HEAD_DIM, method="yarn", factor=4, trained_length=16),
+}
+
+MIXERS = {
+    "longformer_causal": lambda: LongformerAttention(WIDTH, HEADS, window_size=5, is_causal=True),
+    "longformer": lambda: LongformerAttention(WIDTH, HEADS, window_size=5),
+    "transformer_xl": lambda: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5),
+    "grouped": lambda: SelfAttention(WIDTH, HEADS, num_kv_heads=2),
+    "encoder": lambda: SelfAttention(WIDTH, HEADS, is_causal=False),
+}
+SAMPLED = {
+    *(type(make()).__name__ for make in (*OPS.values(), *POSITIONS.values(), *MIXERS.values())),
+    RandomizedPositions.__name__,  # chooses positions for a model; it fills no slot
+}
+
+
+def test_every_catalogue_entry_of_these_roles_is_sampled() -> None:
+    roles = {"attention", "position", "recurrence"}
+    listed = {c.rpartition(":")[2] for s in load_catalogue().solutions if s.role in roles for c in s.code}
+    assert listed <= SAMPLED, f"no sample for {listed - SAMPLED}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_attention_op(name: str) -> None:
+    op = OPS[name]()
+    check_attention_op(op, num_heads=HEADS, head_dim=HEAD_DIM, max_seq_len=MAX_LEN.get(name))
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_position_encoding(name: str) -> None:
+    check_position(POSITIONS[name](), embed_dim=WIDTH, num_heads=HEADS, max_seq_len=128)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer(name: str) -> None:
+    check_mixer(MIXERS[name](), embed_dim=WIDTH)
+
+
+@pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_with_every_position(op: str, position: str) -> None:
+    """Causal self-attention of each pair streams exactly, or the pair is refused when it is built."""
+    built_op, built_position = OPS[op](), POSITIONS[position]()
+    refused = built_position.biases and not getattr(built_op, "accepts_bias", True)
+    refused |= not getattr(built_op, "accepts_causal", True)
+    if refused:
+        with pytest.raises(CombinationError):
+            SelfAttention(WIDTH, HEADS, op=built_op, position=built_position)
+        return
+    report = check_mixer(SelfAttention(WIDTH, HEADS, op=built_op, position=built_position), embed_dim=WIDTH)
+    streamed = next(check for check in report.checks if check.name == "streamed equals whole")
+    assert (streamed.outcome == "holds") == built_position.streams
+
+
+@pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])
+def test_transformer_xl_with_every_position(position: str) -> None:
+    built = POSITIONS[position]()
+    report = check_mixer(TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5, position=built), embed_dim=WIDTH)
+    streamed = next(check for check in report.checks if check.name == "streamed equals whole")
+    assert (streamed.outcome == "holds") == built.streams
