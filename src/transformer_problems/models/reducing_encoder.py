@@ -46,7 +46,7 @@ class ReducingEncoder(nn.Module):
             _op_of(block)
         self.encoder = encoder
         self.reducers = list(reducers)
-        self.reducer_modules = nn.ModuleList(r for r in reducers if isinstance(r, nn.Module))
+        self.reducer_modules = nn.ModuleDict({str(i): r for i, r in enumerate(reducers) if isinstance(r, nn.Module)})
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         last = self.trace(tokens, key_mask=key_mask, positions=positions)[-1]
@@ -58,8 +58,8 @@ class ReducingEncoder(nn.Module):
         """What is left after each layer, before the final norm and the head."""
         body = self.encoder.body
         if positions is None:
-            positions = body._positions(tokens.shape[1], tokens.device)
-        current = Tokens.whole(body._embed(tokens, positions), key_mask=key_mask, positions=positions)
+            positions = body.choose_positions(tokens.shape[1], tokens.device)
+        current = Tokens.whole(body.embed(tokens, positions), key_mask=key_mask, positions=positions)
         layers = []
         for block, reducer in zip(body.blocks, self.reducers, strict=True):
             assert isinstance(block, TransformerBlock)

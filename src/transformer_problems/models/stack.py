@@ -85,8 +85,8 @@ class TransformerStack(nn.Module):
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         if positions is None:
-            positions = self._positions(tokens.shape[1], tokens.device)
-        x = self._embed(tokens, positions)
+            positions = self.choose_positions(tokens.shape[1], tokens.device)
+        x = self.embed(tokens, positions)
         for block in self.blocks:
             x = block(x, key_mask=key_mask, positions=positions)
         y: Tensor = self.norm(x)
@@ -101,20 +101,21 @@ class TransformerStack(nn.Module):
 
     def stream(self, tokens: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         positions = token_positions(tokens.shape[1], tokens.device, start=state.num_seen)
-        x = self._embed(tokens, positions)
+        x = self.embed(tokens, positions)
         layers = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             x, layer_state = block.stream(x, layer_state)  # type: ignore[operator]
             layers.append(layer_state)
         return self.norm(x), StackState(tuple(layers), state.num_seen + tokens.shape[1])
 
-    def _positions(self, num_tokens: int, device: torch.device) -> Tensor:
+    def choose_positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """The positions of a sequence when the caller gives none, [N]."""
         if self.sample_positions is None:
             return token_positions(num_tokens, device)
         return self.sample_positions(num_tokens, device, training=self.training)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Unit-variance embeddings from a table that, when tied to the output, gives logits of order one."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer reads, [B, N, C]: of unit variance, while a tied output gives logits of order one."""
         x: Tensor = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         return x if self.position is None else self.position.embed(x, positions)
 

@@ -1,0 +1,1 @@
+"""Token reducers: sequences that grow shorter from layer to layer."""
