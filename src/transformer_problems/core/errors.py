@@ -7,6 +7,7 @@ TransformerProblemsError
 │   └── CombinationError                two parts that do not fit each other
 ├── CatalogueError                      the catalogue, or what a package adds to it, breaks its form
 ├── MissingDependencyError (ImportError) an optional package is not installed
+├── KernelBuildError                    a compiled kernel cannot be built or loaded on this machine
 ├── DeviceError                         a device that this machine does not have
 ├── ContractError (AssertionError)      a module breaks the contract of its slot
 ├── OutputError                         a folder or file that cannot be written
@@ -57,6 +58,10 @@ class CatalogueError(TransformerProblemsError):
 
 class MissingDependencyError(TransformerProblemsError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class KernelBuildError(TransformerProblemsError):
+    """A C++ kernel cannot be compiled, kept or loaded on this machine."""
 
 
 class DeviceError(TransformerProblemsError):

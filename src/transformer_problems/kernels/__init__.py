@@ -1,0 +1,1 @@
+"""Compiled answers to single operations, each beside a PyTorch path with the same result."""
