@@ -10,7 +10,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ALiBi": "solutions.position.alibi",
+    "AttentionSinks": "solutions.attention.attention_sinks",
+    "ChunkedAttention": "solutions.attention.chunked",
+    "ContinualAttention": "solutions.attention.continual",
     "Decoder": "models.decoder",
+    "DeltaRule": "solutions.recurrence.delta_rule",
     "DenseAttention": "solutions.attention.dense",
     "DifferentialAttention": "solutions.attention.differential",
     "Encoder": "models.encoder",
@@ -23,11 +27,13 @@ _HOMES = {
     "Linformer": "solutions.attention.linformer",
     "LongformerAttention": "solutions.attention.longformer",
     "Mamba": "solutions.recurrence.mamba",
+    "MemoryBankAttention": "solutions.recurrence.memory_bank",
     "PackedAttention": "solutions.attention.packing",
     "Performer": "solutions.attention.performer",
     "PositionEncoding": "core.slots",
     "RandomizedPositions": "solutions.position.randomized",
     "ReducingEncoder": "models.reducing_encoder",
+    "RetroactiveAttention": "solutions.attention.continual",
     "RotaryEmbedding": "solutions.position.rotary",
     "ScaledRotaryEmbedding": "solutions.position.rotary_scaling",
     "SelfAttention": "solutions.attention.self_attention",
@@ -41,6 +47,7 @@ _HOMES = {
     "TopKAttention": "solutions.attention.topk",
     "TransformerXL": "solutions.recurrence.transformer_xl",
     "TransformerXLRelative": "solutions.position.transformer_xl",
+    "WatchedAttention": "solutions.attention.watched",
     "XPos": "solutions.position.xpos",
 }
 

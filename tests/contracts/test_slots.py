@@ -8,13 +8,24 @@ import torch
 
 from transformer_problems import (
     ALiBi,
+    AttentionSinks,
+    ChunkedAttention,
+    ContinualAttention,
+    DeltaRule,
     DenseAttention,
+    DifferentialAttention,
+    EntmaxAttention,
     FlashAttention,
+    GatedAttention,
     LearnedPositions,
     Linformer,
     LongformerAttention,
+    Mamba,
+    MemoryBankAttention,
+    PackedAttention,
     Performer,
     RandomizedPositions,
+    RetroactiveAttention,
     RotaryEmbedding,
     ScaledRotaryEmbedding,
     SelfAttention,
@@ -23,6 +34,7 @@ from transformer_problems import (
     SlidingWindow,
     SparseAttention,
     T5RelativeBias,
+    TopKAttention,
     TransformerXL,
     TransformerXLRelative,
     XPos,
@@ -43,6 +55,9 @@ OPS = {
     "sparse_strided": lambda: SparseAttention(8),
     "sparse_fixed": lambda: SparseAttention(8, pattern="fixed"),
     "performer": lambda: Performer(HEAD_DIM, num_features=16),
+    "sinks": lambda: AttentionSinks(5, num_sinks=2),
+    "top_k": lambda: TopKAttention(64, block_size=16),
+    "entmax": lambda: EntmaxAttention(1.5),
     "linformer": lambda: Linformer(101, 16, dtype=torch.float64),
 }
 MAX_LEN = {"linformer": 101}
@@ -67,12 +82,23 @@ MIXERS = {
     "longformer_causal": lambda: LongformerAttention(WIDTH, HEADS, window_size=5, is_causal=True),
     "longformer": lambda: LongformerAttention(WIDTH, HEADS, window_size=5),
     "transformer_xl": lambda: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5),
+    "mamba": lambda: Mamba(WIDTH, state_dim=4),
+    "delta_rule": lambda: DeltaRule(WIDTH, HEADS, chunk_size=16),
+    "gated_delta_rule": lambda: DeltaRule(WIDTH, HEADS, chunk_size=16, gated=True),
+    "memory_bank": lambda: MemoryBankAttention(WIDTH, HEADS, segment_len=8, left_context=5, num_memories=3),
+    "chunked_causal": lambda: ChunkedAttention(WIDTH, HEADS, chunk_size=8, left_chunks=1, look_ahead=False),
+    "continual": lambda: ContinualAttention(WIDTH, HEADS, window_len=9),
+    "gated": lambda: GatedAttention(SelfAttention(WIDTH, HEADS, position=RotaryEmbedding(HEAD_DIM))),
+    "gated_by_head": lambda: GatedAttention(SelfAttention(WIDTH, HEADS), granularity="head"),
+    "differential": lambda: DifferentialAttention(WIDTH, HEADS),
     "grouped": lambda: SelfAttention(WIDTH, HEADS, num_kv_heads=2),
     "encoder": lambda: SelfAttention(WIDTH, HEADS, is_causal=False),
 }
 SAMPLED = {
     *(type(make()).__name__ for make in (*OPS.values(), *POSITIONS.values(), *MIXERS.values())),
     RandomizedPositions.__name__,  # chooses positions for a model; it fills no slot
+    PackedAttention.__name__,  # keeps the op's contract within each sequence only; tested with its packing
+    RetroactiveAttention.__name__,  # revises outputs that were given, which no slot allows
 }
 
 

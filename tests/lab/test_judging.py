@@ -88,3 +88,17 @@ def test_effects_are_paired_by_seed_and_repeat() -> None:
     ]
     effect = measure_effect(Results(rows), "b", "a", "latency_s", "difference", None)
     assert effect == Interval(0.5, 0.5, 0.5)
+
+
+def test_eased_samples_leave_out_what_every_arm_finds_hard() -> None:
+    """Examples of hardness 1, 5 and 9; arm b is 0.5 above arm a on each."""
+    rows = [
+        record(arm, hardness + shift, repeat=repeat)
+        for arm, shift in (("a", 0.0), ("b", 0.5))
+        for repeat, hardness in enumerate((1.0, 5.0, 9.0))
+    ]
+    results = Results(rows)
+    assert results.samples("b", "latency_s").tolist() == [[1.5, 5.5, 9.5]]
+    assert results.eased("a", "latency_s") == pytest.approx(5.0)
+    assert results.eased("b", "latency_s") == pytest.approx(5.5)
+    assert results.eased("absent", "latency_s") is None

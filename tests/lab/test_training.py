@@ -61,13 +61,26 @@ def test_an_interrupted_run_resumes_bit_exactly(tmp_path: Path) -> None:
     assert not checkpoint.exists()
 
 
-def test_extra_seconds_come_after_the_steps() -> None:
-    seen: list[int] = []
-    model = make_model()
-    log = train(model, batch_loss, TrainingPlan(steps=3, min_train_s=0.05), at_steps=lambda: seen.append(1))
-    assert seen == [1]
-    assert log.steps > 3
-    assert log.train_s >= 0.05
+def test_steps_and_seconds_are_looked_at_when_they_come() -> None:
+    seen: list[str] = []
+
+    def look(plan: TrainingPlan) -> int:
+        seen.clear()
+        log = train(
+            make_model(),
+            batch_loss,
+            plan,
+            at_steps=lambda: seen.append("steps"),
+            at_seconds=lambda: seen.append("seconds"),
+        )
+        assert log.steps >= plan.steps
+        assert log.train_s >= plan.min_train_s
+        return log.steps
+
+    assert look(TrainingPlan(steps=2, min_train_s=0.1)) > 2
+    assert seen == ["steps", "seconds"]
+    assert look(TrainingPlan(steps=50, min_train_s=1e-6)) == 50
+    assert seen == ["seconds", "steps"]
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -90,7 +90,7 @@ def measured_table(problem: Problem, summary: ProblemSummary) -> None:
     console.print(f"\n{problem.number:02d}  {problem.title}", style="bold")
     console.print(f"{summary.finding}\n")
     with_bounds = _measured_table(summary, with_bounds=True)
-    fits = console.measure(with_bounds).minimum <= console.width
+    fits = console.measure(with_bounds).maximum <= console.width
     console.print(with_bounds if fits else _measured_table(summary, with_bounds=False))
     for note in summary.notes:
         console.print(note, style="dim")

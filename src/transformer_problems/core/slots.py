@@ -6,6 +6,7 @@ A slot is a small Protocol. Anything that satisfies it fits, from this package o
 Shape letters: B batch, N query tokens, M key tokens, H query heads, G key/value heads, D head dim, C model width.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -92,7 +93,8 @@ class AttentionOp(Protocol):
     With `is_causal` the queries are the last N of the M tokens: query i sees keys up to i + M - N.
     A query that may attend to nothing gets zeros. Optional attributes, read with these defaults:
     `accepts_bias = True`, `accepts_causal = True`, and `lookback = None`: the number of keys before a query's
-    own that it can ever see under `is_causal` (None: all), which lets a cache forget the rest.
+    own that it can ever see under `is_causal` (None: all), which lets a cache forget the rest, but for the first
+    `num_sinks = 0` keys of the sequence.
     """
 
     def __call__(
@@ -131,6 +133,46 @@ class State(Protocol):
     def detach(self) -> Self:
         """The same state without its gradient history."""
         ...
+
+
+class Cache(State, Protocol):
+    """A state that holds the keys and values of tokens, exactly or nearly.
+
+    Every method gives a new cache and leaves the old one as it was.
+
+    Shape:
+        keys, values: [B, G, M, D] with M the tokens held; positions: [M].
+    """
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens appended since the beginning."""
+        ...
+
+    @property
+    def keys(self) -> Tensor: ...
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    def __len__(self) -> int:
+        """M, the tokens held."""
+        ...
+
+    def append(self, k: Tensor, v: Tensor) -> Self:
+        """The cache with n more tokens, whose queries are about to come. k, v: [B, G, n, D]."""
+        ...
+
+    def trimmed(self) -> Self:
+        """The cache without what it need not keep once those queries have come."""
+        ...
+
+
+CacheFactory = Callable[[int], Cache]
+"""Makes an empty cache for a number of sequences."""
 
 
 class TokenMixer(Protocol):

@@ -55,7 +55,7 @@ class Column:
 
     Args:
         label: Heading with unit, e.g. "bits/byte at 16x".
-        at: The x it is read at; "last" is the largest x measured.
+        at: The x it is read at; "last" is the largest x that the baseline was measured at.
         digits: Significant digits printed.
         statistic: "mean" of the samples, or the "exponent" p of metric ~ x^p over the largest three octaves of x.
     """

@@ -32,6 +32,7 @@ class Experiment(Protocol):
     columns: tuple[Column, ...]
     gains: tuple[Effect, ...]  # words for whatever metric the catalogue's criterion names
     costs: tuple[Effect, ...]  # what a solution may cost, the most telling first
+    shared_examples: frozenset[str]  # metrics that every arm is measured by on the same examples
 
     def num_seeds(self, scale: Scale) -> int:
         """Seeds measured at a scale unless the user says otherwise."""

@@ -22,6 +22,7 @@ class Results:
     def __init__(self, records: Iterable[tuple[Cell, Measurement]]) -> None:
         self._values: dict[tuple[str, str, float | None], dict[int, dict[int, float]]] = {}
         self._xs: dict[tuple[str, str], set[float]] = defaultdict(set)
+        self._hardness_of: dict[str, dict[int, float]] = {}
         self.seeds: set[int] = set()
         for cell, m in records:
             by_seed = self._values.setdefault((cell.arm, m.metric, m.x), {})
@@ -37,6 +38,33 @@ class Results:
     def samples(self, arm: str, metric: str, x: float | None = None) -> Samples | None:
         """Values [seeds, repeats], or None where nothing was measured."""
         return self._stack(self._values.get((arm, metric, x)), None, None)
+
+    def eased(self, arm: str, metric: str, x: float | None = None) -> Samples | None:
+        """`samples` without what makes an example hard for every arm: its mean over arms, seeds and x, put to the
+        mean of all examples. For metrics that every arm is measured by on the same examples.
+
+        Source:
+            Cousineau 2005, Confidence intervals in within-subject designs, doi:10.20982/tqmp.01.1.p042.
+        """
+        mine = self._values.get((arm, metric, x))
+        if mine is None:
+            return None
+        hardness = self._hardness(metric)
+        typical = float(np.mean(list(hardness.values())))
+        eased = {s: {r: v - hardness[r] + typical for r, v in values.items()} for s, values in mine.items()}
+        return self._stack(eased, None, None)
+
+    def _hardness(self, metric: str) -> dict[int, float]:
+        """Mean of each example over everything it was measured for."""
+        if metric not in self._hardness_of:
+            values: dict[int, list[float]] = defaultdict(list)
+            for (_, name, _), by_seed in self._values.items():
+                if name == metric:
+                    for by_repeat in by_seed.values():
+                        for repeat, value in by_repeat.items():
+                            values[repeat].append(value)
+            self._hardness_of[metric] = {repeat: float(np.mean(v)) for repeat, v in values.items()}
+        return self._hardness_of[metric]
 
     def paired(self, arm: str, other: str, metric: str, x: float | None) -> tuple[Samples, Samples] | None:
         """Values of two arms for the seeds and repeats that both have."""

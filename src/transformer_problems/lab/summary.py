@@ -26,7 +26,7 @@ def summarise(
     reasons = {cell.arm: reason for cell, reason in failures.items()}
     baseline = experiment.arms[0]
     rows = tuple(_row(experiment, catalogue, arm, results, reasons.get(arm.slug)) for arm in experiment.arms)
-    lines = tuple(line for arm in experiment.arms if (line := _line(experiment.chart.metric, arm, results)).points)
+    lines = tuple(line for arm in experiment.arms if (line := _line(experiment, arm, results)).points)
     finding = experiment.finding(results) if baseline.slug not in reasons else f"not measured: {reasons[baseline.slug]}"
     notes = tuple(f"{cell.arm}, seed {cell.seed}: {reason}" for cell, reason in failures.items())
     return ProblemSummary(
@@ -57,17 +57,21 @@ def baseline_of(experiment: Experiment, arm: Arm) -> str | None:
     return None if arm.slug == first else arm.baseline or first
 
 
-def _line(metric: str, arm: Arm, results: Results) -> Line:
-    points = []
-    for x in results.xs(arm.slug, metric):
-        samples = results.samples(arm.slug, metric, x)
-        if samples is not None:
-            points.append(Point(x, mean_interval(samples)))
-    return Line(arm, tuple(points))
+def _line(experiment: Experiment, arm: Arm, results: Results) -> Line:
+    metric = experiment.chart.metric
+    estimates = {x: _estimate(experiment, metric, arm, results, x) for x in results.xs(arm.slug, metric)}
+    return Line(arm, tuple(Point(x, estimate) for x, estimate in estimates.items() if estimate))
+
+
+def _estimate(experiment: Experiment, metric: str, arm: Arm, results: Results, x: float | None) -> Interval | None:
+    """Mean and interval; on shared examples without the spread between easy and hard ones, which all arms have."""
+    read = results.eased if metric in experiment.shared_examples else results.samples
+    samples = read(arm.slug, metric, x)
+    return None if samples is None else mean_interval(samples)
 
 
 def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Results, failure: str | None) -> Row:
-    cells = tuple(_cell(column, arm, results) for column in experiment.columns)
+    cells = tuple(_cell(experiment, column, arm, results) for column in experiment.columns)
     baseline = baseline_of(experiment, arm)
     if baseline is None or arm.solution is None:
         return Row(arm, cells, None)
@@ -98,13 +102,12 @@ def _effect_text(results: Results, arm: Arm, baseline: str, effect: Effect) -> s
     return "" if interval is None else describe_effect(effect, interval, x)
 
 
-def _cell(column: Column, arm: Arm, results: Results) -> Interval | None:
+def _cell(experiment: Experiment, column: Column, arm: Arm, results: Results) -> Interval | None:
     xs = results.xs(arm.slug, column.metric)
     if column.statistic == "exponent":
         return _exponent(column.metric, arm, results, xs)
-    x = max(xs, default=None) if column.at == "last" else column.at
-    samples = results.samples(arm.slug, column.metric, x)
-    return None if samples is None else mean_interval(samples)
+    x = max(results.xs(experiment.arms[0].slug, column.metric), default=None) if column.at == "last" else column.at
+    return _estimate(experiment, column.metric, arm, results, x)
 
 
 def _exponent(metric: str, arm: Arm, results: Results, xs: list[float]) -> Interval | None:

@@ -24,7 +24,7 @@ class TrainingPlan:
         steps: Optimizer steps.
         learning_rate: Peak, reached after `warmup_steps`.
         decay: Cosine decay to a tenth of the peak; False keeps the peak.
-        min_train_s: Go on past `steps` until this many seconds of training, for comparisons at equal seconds.
+        min_train_s: Train at least this long, past `steps` if need be, for comparisons at equal seconds.
         checkpoint_every: Steps between checkpoints, where a checkpoint path is given.
     """
 
@@ -64,13 +64,15 @@ def train(
     plan: TrainingPlan,
     *,
     at_steps: Callable[[], None] | None = None,
+    at_seconds: Callable[[], None] | None = None,
     progress: Callable[[float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> TrainingLog:
     """Train in place with AdamW, linear warmup and gradient clipping.
 
     Args:
-        at_steps: Called once when `plan.steps` are done, before any extra time; its own time is not counted.
+        at_steps: Called once when `plan.steps` are done; neither its time nor that of `at_seconds` is counted.
+        at_seconds: Called once when `plan.min_train_s` have passed, before or after `at_steps`.
         progress: Told the finished fraction.
         checkpoint: File to resume from and to save to; removed when training is complete.
 
@@ -95,19 +97,26 @@ def train(
         optimizer.step()
         log.losses.append(loss.item())
         log.steps += 1
+        before_s = log.train_s
         log.train_s += time.perf_counter() - started
         if progress is not None:
             progress(_fraction(log, plan))
         if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
             _save(checkpoint, model, optimizer, log)
         if log.steps == plan.steps and at_steps is not None:
-            model.eval()
-            at_steps()
-            model.train()
+            _look_at(model, at_steps)
+        if before_s < plan.min_train_s <= log.train_s and at_seconds is not None:
+            _look_at(model, at_seconds)
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return log
+
+
+def _look_at(model: nn.Module, look: Callable[[], None]) -> None:
+    model.eval()
+    look()
+    model.train()
 
 
 def _fraction(log: TrainingLog, plan: TrainingPlan) -> float:

@@ -1,11 +1,19 @@
 """One Transformer layer: a token mixer and a feed-forward network, each behind a norm and a skip."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.slots import TokenMixer
+
+
+class PartFactory(Protocol):
+    """Makes a layer's norm or feed-forward network, [..., C] -> [..., C]."""
+
+    def __call__(
+        self, embed_dim: int, /, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module: ...
 
 
 class FeedForward(nn.Module):
@@ -38,6 +46,8 @@ class TransformerBlock(nn.Module):
     Args:
         embed_dim: C, the model width.
         mixer: Any token mixer of that width.
+        norm: Makes the norm before the mixer and the one before the feed-forward network.
+        feed_forward: Makes the feed-forward network.
 
     Shape:
         x: [B, N, C]; output: [B, N, C].
@@ -51,14 +61,16 @@ class TransformerBlock(nn.Module):
         embed_dim: int,
         mixer: TokenMixer,
         *,
+        norm: PartFactory = nn.LayerNorm,
+        feed_forward: PartFactory = FeedForward,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mixer_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.mixer_norm = norm(embed_dim, device=device, dtype=dtype)
         self.mixer = mixer
-        self.feed_forward_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.feed_forward = FeedForward(embed_dim, device=device, dtype=dtype)
+        self.feed_forward_norm = norm(embed_dim, device=device, dtype=dtype)
+        self.feed_forward = feed_forward(embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), key_mask=key_mask, positions=positions)

@@ -62,7 +62,7 @@ def format_interval(estimate: Interval | None, column: Column) -> str:
     """One cell of a measured table; a metric named `..._bytes` is written in binary units."""
     if estimate is None:
         return ABSENT
-    if not is_bytes(column.metric):
+    if column.statistic == "exponent" or not is_bytes(column.metric):
         return format_estimate(estimate, column.digits)
     text = format_bytes(estimate.value, column.digits)
     if estimate.low == estimate.value == estimate.high:

@@ -38,6 +38,7 @@ _WIDTH, _HEADS, _LAYERS = 64, 2, 2
 _WINDOW = 64  # what every local method sees: its window, segment, memory or projected length
 
 _ENCODERS = {"dense_encoder", "linformer"}
+_SHORT = {"dense", "dense_encoder", "flash_tiled"}
 
 
 def build_mixer(arm: str, max_seq_len: int) -> nn.Module:
@@ -71,6 +72,7 @@ class _Size:
     """What a scale means here."""
 
     lengths: tuple[int, ...]  # tokens, doubling
+    further: tuple[int, ...]  # lengths that only arms without an N x N matrix, or its tiles in Python, are taken to
     repeats: int
     text_len: int
     batch_size: int
@@ -80,15 +82,19 @@ class _Size:
     seeds: int
 
 
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    return tuple(first << i for i in range((last // first).bit_length()))
+
+
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(tuple(64 << i for i in range(7)), 3, 512, 4, 40, 1.5, 16, 1),
-    "standard": _Size(tuple(128 << i for i in range(7)), 5, 512, 8, 150, 10.0, 48, 3),
-    "full": _Size(tuple(512 << i for i in range(7)), 9, 2048, 16, 4000, 600.0, 256, 5),
+    "quick": _Size(_doubling(64, 4096), _doubling(8192, 8192), 3, 512, 4, 40, 1.5, 16, 1),
+    "standard": _Size(_doubling(128, 8192), _doubling(16_384, 32_768), 5, 512, 8, 150, 10.0, 48, 3),
+    "full": _Size(_doubling(512, 32_768), _doubling(65_536, 131_072), 9, 2048, 16, 4000, 600.0, 256, 5),
 }
 
 
 class QuadraticComplexity:
-    """One attention layer, forward and backward, at doubling lengths; then the same small model with each layer."""
+    """The attention of one layer, forward and backward, at doubling lengths; then a small model with each kind."""
 
     problem = 1
     arms = (
@@ -105,7 +111,7 @@ class QuadraticComplexity:
     )
     chart = Chart(
         metric="latency_s",
-        problem_title="One dense attention layer, forward and backward",
+        problem_title="Dense attention in one layer, forward and backward",
         solutions_title="The same with each solution",
         x_label="sequence length, tokens",
         y_label="seconds",
@@ -115,11 +121,11 @@ class QuadraticComplexity:
         draws=("dense", "sparse_strided", "longformer", "linformer", "performer", "flash", "transformer_xl"),
     )
     columns = (
-        Column("latency_s", "seconds at longest", at="last", better="lower"),
+        Column("latency_s", "seconds at dense's longest", at="last", better="lower"),
         Column("latency_s", "exponent of time", better="lower", statistic="exponent"),
-        Column("peak_memory_bytes", "peak bytes at longest", at="last", better="lower"),
+        Column("peak_memory_bytes", "peak bytes there", at="last", better="lower"),
         Column("peak_memory_bytes", "exponent of memory", better="lower", statistic="exponent"),
-        Column("flops", "FLOPs at longest", at="last", better="lower"),
+        Column("flops", "FLOPs there", at="last", better="lower"),
         Column("flops", "exponent of FLOPs", better="lower", statistic="exponent"),
         Column("bits_per_byte", "bits/byte, equal steps", better="lower"),
         Column("bits_per_byte_equal_time", "bits/byte, equal seconds", better="lower"),
@@ -132,6 +138,7 @@ class QuadraticComplexity:
         Effect("bits_per_byte", "difference", ("bits/byte less", "bits/byte more"), where="after equal steps"),
         Effect("bits_per_byte_equal_time", "difference", ("less", "more"), where="after equal seconds"),
     )
+    shared_examples = frozenset({"bits_per_byte", "bits_per_byte_equal_time"})
 
     def num_seeds(self, scale: Scale) -> int:
         return _SIZES[scale].seeds
@@ -139,9 +146,10 @@ class QuadraticComplexity:
     def measure(self, bench: Bench) -> Iterator[Measurement]:
         size = _SIZES[bench.cell.scale]
         if bench.cell.seed == 0:  # what a layer costs does not depend on its weights
-            for i, length in enumerate(size.lengths):
-                yield from _layer_costs(bench, length, size.repeats)
-                bench.progress(0.5 * (i + 1) / len(size.lengths))
+            lengths = size.lengths if bench.cell.arm in _SHORT else size.lengths + size.further
+            for i, length in enumerate(lengths):
+                yield from _attention_costs(bench, length, size.repeats)
+                bench.progress(0.5 * (i + 1) / len(lengths))
         yield from _quality(bench, size)
 
     def finding(self, results: Results) -> str:
@@ -150,14 +158,15 @@ class QuadraticComplexity:
         memory = [results.samples("dense", "peak_memory_bytes", x) for x in (last / 2, last)]
         slower, larger = (float((b.mean(1) / a.mean(1)).mean()) for a, b in (seconds, memory))  # type: ignore[union-attr]
         return (
-            f"From {last / 2:,.0f} to {last:,.0f} tokens, twice as many, one dense attention layer takes "
+            f"From {last / 2:,.0f} to {last:,.0f} tokens, twice as many, dense attention takes "
             f"{slower:.1f} times as long and {larger:.1f} times the memory."
         )
 
 
-def _layer_costs(bench: Bench, length: int, repeats: int) -> Iterator[Measurement]:
+def _attention_costs(bench: Bench, length: int, repeats: int) -> Iterator[Measurement]:
+    """What the layer costs without its projections, which are the same for all and grow linearly."""
     with seeded(bench.cell.seed, "layer"):
-        mixer = build_mixer(bench.cell.arm, length).to(bench.device)
+        mixer = _without_projections(build_mixer(bench.cell.arm, length)).to(bench.device)
     x = torch.randn(1, length, _WIDTH, generator=generator(bench.cell.seed, "layer")).to(bench.device).requires_grad_()
 
     def step() -> None:
@@ -175,6 +184,13 @@ def _layer_costs(bench: Bench, length: int, repeats: int) -> Iterator[Measuremen
     yield record("flops", "FLOP", count_flops(step))
 
 
+def _without_projections(mixer: nn.Module) -> nn.Module:
+    for name, child in list(mixer.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(mixer, name, nn.Identity())
+    return mixer
+
+
 def _quality(bench: Bench, size: _Size) -> Iterator[Measurement]:
     """Held-out bits per byte after equal steps, and of the same run after equal seconds."""
     arm, seed = bench.cell.arm, bench.cell.seed
@@ -189,17 +205,21 @@ def _quality(bench: Bench, size: _Size) -> Iterator[Measurement]:
         batch = sample_windows(text.train, num=size.batch_size, length=size.text_len, generator=draws)
         return _bits(model, batch.to(bench.device), objective, draws).mean()
 
-    after_steps: list[Tensor] = []
+    after: dict[str, Tensor] = {}
+
+    def evaluate(metric: str) -> None:
+        after[metric] = _evaluate(model, held_out, bench.device, objective)
+
     plan = TrainingPlan(steps=size.steps, decay=False, min_train_s=size.train_s)
     train(
         model,
         batch_loss,
         plan,
-        at_steps=lambda: after_steps.append(_evaluate(model, held_out, bench.device, objective)),
+        at_steps=lambda: evaluate("bits_per_byte"),
+        at_seconds=lambda: evaluate("bits_per_byte_equal_time"),
         progress=lambda fraction: bench.progress(0.5 + 0.5 * fraction),
     )
-    after_seconds = _evaluate(model, held_out, bench.device, objective)
-    for metric, bits in {"bits_per_byte": after_steps[0], "bits_per_byte_equal_time": after_seconds}.items():
+    for metric, bits in after.items():
         for repeat, value in enumerate(bits.tolist()):
             yield Measurement(metric, "bit", value, repeat=repeat)
 

@@ -90,7 +90,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(order_steps=240, text_steps=40, batch_size=32, num_questions=128, num_windows=32, seeds=1),
-    "standard": _Size(order_steps=400, text_steps=300, batch_size=32, num_questions=512, num_windows=128, seeds=3),
+    "standard": _Size(order_steps=400, text_steps=200, batch_size=32, num_questions=256, num_windows=128, seeds=3),
     "full": _Size(order_steps=5000, text_steps=10_000, batch_size=128, num_questions=2048, num_windows=512, seeds=5),
 }
 _CURVE_POINTS = 6
@@ -133,6 +133,7 @@ class NoPositionalAwareness:
         Effect("step_s", "ratio", ("time a step", "time a step")),
         Effect("masked_bits", "difference", ("bits/masked byte less", "bits/masked byte more")),
     )
+    shared_examples = frozenset({"order_accuracy", "who_did_what", "which_comes_first", "masked_bits"})
 
     def num_seeds(self, scale: Scale) -> int:
         return _SIZES[scale].seeds

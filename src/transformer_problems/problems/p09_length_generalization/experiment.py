@@ -143,6 +143,7 @@ class LengthGeneralization:
         Effect("recall", "difference", ("points less recall", "points more recall"), "last", "at {x:.0f}x", scale=100),
         Effect("bits_per_byte", "difference", ("bits/byte less", "bits/byte more"), 1.0, "at 1x"),
     )
+    shared_examples = frozenset({"bits_per_byte"})
 
     def num_seeds(self, scale: Scale) -> int:
         return _SIZES[scale].seeds

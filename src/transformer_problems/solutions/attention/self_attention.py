@@ -6,9 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, StreamingOp, token_positions
+from transformer_problems.core.slots import (
+    AttentionOp,
+    CacheFactory,
+    PositionBias,
+    PositionEncoding,
+    StreamingOp,
+    token_positions,
+)
 from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -27,12 +34,13 @@ class SelfAttention(nn.Module):
         position: An encoding that acts inside attention (rotary, ALiBi, relative). Default none.
         is_causal: Token i sees only tokens up to i.
         bias: Projections carry a bias term.
+        cache: Makes the cache for a number of sequences. Default a KVCache that keeps what the op looks back on.
 
     Shape:
         x: [B, N, C]; key_mask: [B, N]; positions: [N] or [B, N]; output: [B, N, C].
 
     Raises:
-        CombinationError: If the position encoding or causality does not fit the op.
+        CombinationError: If the position encoding, causality or the cache does not fit the op.
         ArgumentError: If the heads do not divide the width.
 
     Source:
@@ -49,6 +57,7 @@ class SelfAttention(nn.Module):
         position: PositionEncoding | None = None,
         is_causal: bool = True,
         bias: bool = False,
+        cache: CacheFactory | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -61,6 +70,11 @@ class SelfAttention(nn.Module):
         self.is_causal = is_causal
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
         check_attention_fit(self.op, position, is_causal=is_causal)
+        if cache is not None and isinstance(self.op, StreamingOp):
+            raise CombinationError(
+                f"{type(self.op).__name__} keeps a state of its own and would never use a cache. Pass cache=None."
+            )
+        self.cache = cache
         kv_dim = num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
@@ -90,6 +104,8 @@ class SelfAttention(nn.Module):
         check_streams(self.position)
         if isinstance(self.op, StreamingOp):
             return self.op.initial_state(batch_size)
+        if self.cache is not None:
+            return self.cache(batch_size)
         return KVCache.empty(
             batch_size, lookback=getattr(self.op, "lookback", None), num_sinks=getattr(self.op, "num_sinks", 0)
         )
@@ -134,4 +150,3 @@ class SelfAttention(nn.Module):
     def _merge(self, y: Tensor) -> Tensor:
         out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
         return out
-

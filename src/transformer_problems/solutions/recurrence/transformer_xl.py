@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple, require_positive
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
+from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 
 
@@ -165,13 +166,10 @@ class TransformerXL(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor, k_positions: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Mixed and projected values, [..., n, C], for q [..., n, C] and k, v [..., m, C] that end together."""
-        q, k, v = (y.view(*y.shape[:-1], self.num_heads, -1).transpose(-3, -2) for y in (q, k, v))
-        bias = None
-        if self.position is not None:
-            bias = PositionBias(self.position, q, q_positions, k_positions) if self.position.biases else None
-            q, k = self.position.rotate(q, k, q_positions, k_positions)
-        mixed = self.op(q, k, v, bias=bias, mask=mask, is_causal=True)
-        y: Tensor = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+        q, k, v = (split_heads(y, self.num_heads) for y in (q, k, v))
+        bias = bias_of(self.position, q, q_positions, k_positions)
+        q, k = rotate(self.position, q, k, q_positions, k_positions)
+        y: Tensor = self.out_proj(merge_heads(self.op(q, k, v, bias=bias, mask=mask, is_causal=True)))
         return y
 
 
