@@ -13,7 +13,7 @@ from transformer_problems.core.summaries import ProblemSummary, Row
 from transformer_problems.lab.archive import Archive, load_archive
 from transformer_problems.lab.store import Store
 from transformer_problems.lab.summary import summarise
-from transformer_problems.problems import load_experiment
+from transformer_problems.problems import has_experiment, load_experiment
 from transformer_problems.report import draw_problem, write_problem_page
 
 ROOT = Path(__file__).parent
@@ -49,7 +49,7 @@ def take_over(source: Path, catalogue: Catalogue) -> None:
     with Store.open(source / "results.sqlite") as store:
         for problem in catalogue.problems:
             records = store.measurements(problem.number, "standard")
-            if records:
+            if records and has_experiment(problem):
                 failures = {
                     c: r for c, r in store.failures().items() if (c.problem, c.scale) == (problem.number, "standard")
                 }

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
 BATCH, GROUPS, DIM = 2, 3, 4
@@ -121,3 +122,50 @@ def test_detach_cuts_the_history_and_keeps_the_tokens() -> None:
     assert not detached.keys.requires_grad and cache.keys.requires_grad
     longer = detached.append(tokens(2), tokens(2))
     assert len(longer) == 5 and torch.equal(cache.keys, k)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    lookback=st.none() | st.integers(1, 12),
+    num_sinks=st.integers(0, 3),
+    data=st.data(),
+)
+def test_tokens_of_the_last_append_can_be_taken_back(
+    sizes: list[int], lookback: int | None, num_sinks: int, data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    left = data.draw(st.integers(total - sizes[-1], total))
+    k, v = tokens(total, seed=1), tokens(total, seed=2)
+    sinks = 0 if lookback is None else num_sinks
+
+    def filled(parts: list[int]) -> KVCache:
+        cache, seen = KVCache.empty(BATCH, lookback=lookback, num_sinks=sinks), 0
+        for size in parts:
+            new = slice(seen, seen + size)
+            cache, seen = cache.append(k[:, :, new], v[:, :, new]).trimmed(), seen + size
+        return cache
+
+    longer = filled(sizes)
+    before = longer.keys.clone()
+    shorter, expected = longer.truncated(left), filled([left] if left else [])
+    assert (len(shorter), shorter.num_seen) == (len(expected), left)
+    for cache in (shorter, shorter.append(tokens(2), tokens(2))):
+        same = expected if cache is shorter else expected.append(tokens(2), tokens(2))
+        if len(cache):
+            assert torch.equal(cache.keys, same.keys) and torch.equal(cache.values, same.values)
+            assert torch.equal(cache.positions, same.positions)
+    assert torch.equal(longer.keys, before), "the longer cache changed"
+
+
+def test_taking_back_more_than_is_there_is_refused() -> None:
+    cache = KVCache.empty(BATCH).append(tokens(3), tokens(3))
+    for num_tokens in (-1, 4):
+        with pytest.raises(ArgumentError, match=f"num_tokens must be from 0 to the 3 tokens seen; got {num_tokens}"):
+            cache.truncated(num_tokens)
+    assert len(cache.truncated(0)) == 0
+    window = KVCache.empty(BATCH, lookback=5)
+    for _ in range(100):
+        window = window.append(tokens(1), tokens(1)).trimmed()
+    with pytest.raises(ArgumentError, match=r"num_tokens must be at least \d+; got 50.*Keep the earlier cache"):
+        window.truncated(50)

@@ -6,6 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from transformer_problems.core.errors import ArgumentError
+
 
 @dataclass
 class _Buffer:
@@ -97,6 +99,27 @@ class KVCache:
         if self.lookback is None or len(self) <= self.num_sinks + self.lookback:
             return self
         return replace(self, _dropped=self._end - self.num_sinks - self.lookback)
+
+    def truncated(self, num_tokens: int) -> Self:
+        """The cache as it was when it had seen `num_tokens` only; costs nothing until the next append, which copies.
+
+        Tokens of the last append can always be taken back, also where it made trimmed ones leave.
+
+        Raises:
+            ArgumentError: If it has not seen as many, or has let tokens go that a query there would see.
+        """
+        if not 0 <= num_tokens <= self.num_seen:
+            raise ArgumentError(f"num_tokens must be from 0 to the {self.num_seen} tokens seen; got {num_tokens}.")
+        end = self._end - (self.num_seen - num_tokens)
+        if self.lookback is None:
+            return replace(self, num_seen=num_tokens, _end=end)
+        spare = end - self.num_sinks - self.lookback
+        if spare < 0 and self._end < self.num_seen:
+            raise ArgumentError(
+                f"num_tokens must be at least {num_tokens - spare}; got {num_tokens}, and tokens that the cache held "
+                "then are gone. Keep the earlier cache instead: it stays valid."
+            )
+        return replace(self, num_seen=num_tokens, _dropped=min(self._dropped, max(spare, 0)), _end=end)
 
     def _view(self, x: Tensor) -> Tensor:
         """The slots held, [B, G, M, D]; copied where sinks and the rest lie apart."""

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_attention_fit, check_streams
+from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import (
     AttentionOp,
     CacheFactory,
-    PositionBias,
     PositionEncoding,
     StreamingOp,
     token_positions,
@@ -85,17 +85,18 @@ class SelfAttention(nn.Module):
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
         q, k, v = self._project(x)
-        q_rotated, k_rotated = self._rotate(q, k, positions)
+        q_rotated, k_rotated = rotate(self.position, q, k, positions, positions)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         y = self.op(
             q_rotated,
             k_rotated,
             v,
-            bias=self._bias(q, positions, positions),
+            bias=bias_of(self.position, q, positions, positions),
             mask=mask,
             is_causal=self.is_causal,
         )
-        return self._merge(y)
+        out: Tensor = self.out_proj(merge_heads(y))
+        return out
 
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token: an empty cache, or the op's own."""
@@ -114,14 +115,14 @@ class SelfAttention(nn.Module):
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)
         q, k, v = self._project(x)
-        q_rotated, k_rotated = self._rotate(q, k, positions)
+        q_rotated, k_rotated = rotate(self.position, q, k, positions, positions)
         if isinstance(self.op, StreamingOp):
             y, state = self.op.stream(q_rotated, k_rotated, v, state)
-            return self._merge(y), state
+            return self.out_proj(merge_heads(y)), state
         state = state.append(k_rotated, v)
-        bias = self._bias(q, positions, state.positions)
+        bias = bias_of(self.position, q, positions, state.positions)
         y = self.op(q_rotated, state.keys, state.values, bias=bias, is_causal=True)
-        return self._merge(y), state.trimmed()
+        return self.out_proj(merge_heads(y)), state.trimmed()
 
     def extra_repr(self) -> str:
         kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
@@ -129,24 +130,8 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""
-
-        def heads(y: Tensor, num: int) -> Tensor:
-            return y.reshape(*y.shape[:-1], num, self.head_dim).transpose(1, 2)
-
         return (
-            heads(self.q_proj(x), self.num_heads),
-            heads(self.k_proj(x), self.num_kv_heads),
-            heads(self.v_proj(x), self.num_kv_heads),
+            split_heads(self.q_proj(x), self.num_heads),
+            split_heads(self.k_proj(x), self.num_kv_heads),
+            split_heads(self.v_proj(x), self.num_kv_heads),
         )
-
-    def _rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return (q, k) if self.position is None else self.position.rotate(q, k, positions, positions)
-
-    def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> PositionBias | None:
-        if self.position is None or not self.position.biases:
-            return None
-        return PositionBias(self.position, q, q_positions, k_positions)
-
-    def _merge(self, y: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
-        return out
