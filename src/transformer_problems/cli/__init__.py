@@ -5,6 +5,8 @@ from typing import cast
 
 from transformer_problems.core.errors import TransformerProblemsError
 
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
@@ -20,18 +22,19 @@ def main() -> None:
     except click_error as error:
         _fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
-        print("\nstopped; every finished cell is kept, and the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        code = _INTERRUPTED
     except TransformerProblemsError as error:
         _fail(str(error))
     except BrokenPipeError:
         sys.stderr.close()  # the reader, such as `head`, has seen enough
+        sys.exit(0)
     except OSError as error:
         if error.filename is None:
             raise
         _fail(f"cannot write {error.filename}: {error.strerror}. Free some space or choose another --out.")
-    else:
-        sys.exit(code if isinstance(code, int) else 0)
+    if code == _INTERRUPTED:  # raised, or returned by versions of Typer that catch it
+        print("\nstopped; every finished cell is kept, and the same command goes on from here", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> None:

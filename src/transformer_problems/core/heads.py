@@ -7,7 +7,7 @@ from transformer_problems.core.slots import PositionBias, PositionEncoding
 
 def split_heads(y: Tensor, num_heads: int) -> Tensor:
     """[..., N, H * D] -> [..., H, N, D]."""
-    return y.reshape(*y.shape[:-1], num_heads, -1).transpose(-3, -2)
+    return y.reshape(*y.shape[:-1], num_heads, y.shape[-1] // num_heads).transpose(-3, -2)
 
 
 def merge_heads(y: Tensor) -> Tensor:
