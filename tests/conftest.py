@@ -1,5 +1,10 @@
-"""One thread for each test process: they run side by side, and threads that wait for a core are slower than one."""
+"""Settings of the whole suite: test processes run side by side, on machines of any speed."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core are slower than one; set before torch is imported
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("untimed")
+settings.load_profile("untimed")

@@ -74,7 +74,7 @@ def test_what_is_written_is_read_back_in_order(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["results.sqlite"]
 
 
-@settings(max_examples=30, deadline=None)  # each example creates a file
+@settings(max_examples=30)  # each example creates a file
 @given(value=st.floats(), x=st.none() | st.floats(allow_nan=False), text=st.text(st.characters(exclude_categories="C")))
 def test_every_number_survives(
     tmp_path_factory: pytest.TempPathFactory, value: float, x: float | None, text: str

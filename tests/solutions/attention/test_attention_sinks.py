@@ -80,7 +80,7 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda q, k, v, c=is_causal: op(q, k, v, is_causal=c), inputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     position=st.sampled_from(sorted(POSITIONS)),
     window_size=st.integers(1, 7),
@@ -111,7 +111,7 @@ def test_chunks_of_any_sizes_give_what_the_whole_gives(
     lookback=st.integers(1, 6),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cache_holds_the_true_tokens_and_stays_valid(num_sinks: int, lookback: int, sizes: list[int]) -> None:
     """Values are their own positions, so that what is held can be read off; old caches are continued too."""
     cache, older = KVCache.empty(1, lookback=lookback, num_sinks=num_sinks), []

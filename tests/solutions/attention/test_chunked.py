@@ -105,7 +105,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: layer(x), (x,))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     position=st.sampled_from(sorted(POSITIONS)),
     chunk_size=st.integers(1, 7),
@@ -122,7 +122,7 @@ def test_causal_streams_of_any_chunks_give_what_the_whole_gives(
     assert len(state) < (left_chunks + 1) * chunk_size
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     chunk_size=st.integers(1, 7),
     left_chunks=st.integers(0, 3),

@@ -54,7 +54,7 @@ def naive_window(layer: RetroactiveAttention, x: Tensor, end: int) -> Tensor:
     return y
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(position=st.sampled_from(sorted(POSITIONS)), window_len=st.integers(2, 9), length=st.integers(1, 30))
 def test_retroactive_steps_equal_attention_over_the_window(position: str, window_len: int, length: int) -> None:
     layer, x = build(window_len, position), draw(length)
@@ -137,7 +137,7 @@ def test_single_output_form_keeps_the_contract(window_len: int) -> None:
     check_mixer(ContinualAttention(WIDTH, HEADS, window_len=window_len, position=ALiBi(HEADS)), embed_dim=WIDTH)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(window_len=st.integers(2, 9), sizes=st.lists(st.integers(1, 11), min_size=1, max_size=6))
 def test_single_outputs_are_the_newest_of_the_retroactive_ones(window_len: int, sizes: list[int]) -> None:
     retroactive = build(window_len)

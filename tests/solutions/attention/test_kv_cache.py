@@ -23,7 +23,7 @@ def test_an_empty_cache_holds_nothing() -> None:
     assert cache.detach() is cache and cache.trimmed() is cache
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     lookback=st.none() | st.integers(1, 12),
@@ -45,7 +45,7 @@ def test_it_holds_the_last_of_all_that_was_appended(
         assert cache.positions.tolist() == list(range(seen - held, seen))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6), st.booleans()), min_size=1, max_size=12))
 def test_any_tree_of_continuations_stays_as_it_was(steps: list[tuple[int, int, bool]]) -> None:
     """Each step continues one of all caches made so far; afterwards every one still holds its own history."""
@@ -124,7 +124,7 @@ def test_detach_cuts_the_history_and_keeps_the_tokens() -> None:
     assert len(longer) == 5 and torch.equal(cache.keys, k)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     lookback=st.none() | st.integers(1, 12),

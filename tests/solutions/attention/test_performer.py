@@ -161,7 +161,7 @@ def test_directions_are_uniform() -> None:
     assert directions.mean(0).abs().max().item() < 0.12
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), groups=st.sampled_from([1, 2, 4]))
 def test_streamed_chunks_equal_the_whole(sizes: list[int], groups: int) -> None:
     op, (q, k, v) = build(), draw(sum(sizes), sum(sizes), groups=groups)

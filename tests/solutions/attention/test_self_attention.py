@@ -90,7 +90,7 @@ POSITIONS: dict[str, PositionEncoding | None] = {
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6), num_kv_heads=st.sampled_from([1, 2, 4]))
 def test_streamed_chunks_equal_the_whole(position: str, sizes: list[int], num_kv_heads: int) -> None:
     layer = build(num_kv_heads=num_kv_heads, position=POSITIONS[position])
@@ -100,7 +100,7 @@ def test_streamed_chunks_equal_the_whole(position: str, sizes: list[int], num_kv
 @pytest.mark.parametrize(
     "op", [FlashAttention(), FlashAttention(backend="tiled", block_size=8), SlidingWindow(5), Performer(DIM)], ids=repr
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_streamed_chunks_equal_the_whole_with_other_ops(op: nn.Module, sizes: list[int]) -> None:
     check_streaming(build(num_kv_heads=2, op=op, position=RotaryEmbedding(DIM)), sizes)

@@ -67,7 +67,7 @@ def test_equals_the_definition(n: int, dilation: int | tuple[int, ...], is_causa
     assert_same_with_gradients(actual, naive(*inputs, visible(n, n, 6, dilations, is_causal)), inputs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 150),
     past=st.integers(0, 90),

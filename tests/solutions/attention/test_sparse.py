@@ -76,7 +76,7 @@ def test_equals_the_definition(n: int, name: str, is_causal: bool) -> None:
     assert_same_with_gradients(actual, naive(*inputs, visible(n, n, OPS[name], is_causal)), inputs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 60),
     past=st.integers(0, 60),

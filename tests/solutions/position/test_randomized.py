@@ -16,7 +16,7 @@ from transformer_problems.solutions.position.randomized import RandomizedPositio
 CPU = torch.device("cpu")
 
 
-@settings(deadline=None)
+
 @given(num_tokens=st.integers(0, 60), spare=st.integers(0, 300), training=st.booleans())
 def test_positions_are_increasing_and_in_range(num_tokens: int, spare: int, training: bool) -> None:
     sample = RandomizedPositions(num_tokens + spare + 1)

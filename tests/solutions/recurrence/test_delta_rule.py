@@ -135,7 +135,7 @@ def test_keeps_the_contract(options: dict[str, object]) -> None:
     check_mixer(build(**options), embed_dim=WIDTH)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     gated=st.booleans(),
     conv_size=st.integers(1, 5),

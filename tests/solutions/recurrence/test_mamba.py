@@ -106,7 +106,7 @@ def test_keeps_the_contract_of_a_mixer(backend: Backend) -> None:
     assert all(check.outcome == "holds" for check in report.checks)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(conv_width=st.integers(1, 5), sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6))
 def test_chunks_of_any_sizes_give_what_the_whole_gives(conv_width: int, sizes: list[int]) -> None:
     layer = build(conv_width=conv_width)

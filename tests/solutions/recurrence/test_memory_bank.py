@@ -123,7 +123,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: layer(x), (x,))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     position=st.sampled_from(sorted(POSITIONS)),
     segment_len=st.integers(1, 7),

@@ -101,7 +101,7 @@ def test_a_second_derivative_is_refused(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=4))
 def test_pieces_continued_from_the_state_give_the_whole(backend: Backend, sizes: list[int]) -> None:
     inputs = draw(sum(sizes))

@@ -105,7 +105,7 @@ def test_equals_the_definition_in_outputs_and_gradients(
         torch.testing.assert_close(mine, other, **TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     position=st.sampled_from(sorted(POSITIONS)),
     segment_len=st.integers(1, 9),
