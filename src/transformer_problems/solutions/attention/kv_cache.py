@@ -20,7 +20,7 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """An append-only cache that never changes under its holder.
+    """An append-only cache of keys and values that never changes under its holder.
 
     `append` writes into spare room behind the newest cache and returns a new view, so a token costs amortised
     constant time; appending to an older cache copies first, so one prefix can be continued in several ways.
@@ -31,6 +31,9 @@ class KVCache:
 
     Shape:
         keys, values: [B, G, M, D] with M the tokens held, sinks first; positions: [M].
+
+    Source:
+        Pope et al. 2022, arXiv:2211.05102, section 2.1; the sinks are those of Xiao et al. 2023, arXiv:2309.17453.
     """
 
     batch_size: int
