@@ -4,7 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core are slower than one; set before torch is imported
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 settings.register_profile("untimed")
 settings.load_profile("untimed")

@@ -64,6 +64,15 @@ def test_a_clear_ratio_helps() -> None:
     assert verdict.effect.value == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(("changed", "word"), [(None, "helps"), (0.0, "helps"), (0.01, "hurts")])
+def test_a_broken_promise_hurts_whatever_it_gains(changed: float | None, word: str) -> None:
+    records = [*series("dense", [4.0, 4.4, 4.2]), *series("flash", [1.0, 1.1, 1.05])]
+    if changed is not None:
+        records += [record("flash", value, metric="changed", repeat=i) for i, value in enumerate([0.0, changed])]
+    criterion = dataclasses.replace(CRITERION, promise="changed", promise_limit=0.005)
+    assert judge(1, Arm("flash", "Flash"), "dense", criterion, Results(records), None).word == word
+
+
 def test_nothing_measured_is_said_with_its_reason() -> None:
     verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, Results(series("dense", [1.0])), "needs CUDA")
     assert (verdict.word, verdict.reason, verdict.effect) == ("not runnable here", "needs CUDA", None)

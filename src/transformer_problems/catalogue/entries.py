@@ -47,6 +47,8 @@ class Criterion:
         at: The x it reads the metric at; "last" is the largest measured, None a metric measured once.
         compare: "ratio" or "difference" of treated to baseline.
         margin: How far from no change the whole interval must lie; for ratios, beyond 1 + margin or its inverse.
+        promise: A metric that arms record which promise an unchanged output; empty where nothing is promised.
+        promise_limit: The largest value that keeps the promise. An arm beyond it hurts, whatever it gains.
     """
 
     text: str
@@ -55,6 +57,8 @@ class Criterion:
     better: Literal["lower", "higher"] = "lower"
     compare: Literal["ratio", "difference"] = "ratio"
     margin: float = 0.0
+    promise: str = ""
+    promise_limit: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

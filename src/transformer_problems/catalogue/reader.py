@@ -35,6 +35,7 @@ Source = tuple[str, str]
 """Where a text comes from, said in errors, and the text."""
 
 _MEASURED = ("metric", "at", "better", "compare", "margin")
+_METRIC = (r"[a-z][a-z0-9_]*", "the name of a metric, such as latency_s")
 _REFERENCE_ID = r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d{4,9}/\S+|https://\S+|(?![Aa]r[Xx]iv)[A-Z][\w&' -]* \d{4}"
 
 
@@ -159,7 +160,7 @@ def _criterion(table: Table, inherited: Criterion | None) -> Criterion:
         given["text"] = table.text("text")
     measured = [key for key in table.remaining() if key in _MEASURED]
     if "metric" in table:
-        given["metric"] = table.text("metric", r"[a-z][a-z0-9_]*", "the name of a metric, such as latency_s")
+        given["metric"] = table.text("metric", *_METRIC)
     if "at" in table:
         given["at"] = _at(table)
     if "better" in table:
@@ -170,6 +171,9 @@ def _criterion(table: Table, inherited: Criterion | None) -> Criterion:
         given["margin"] = float(table.take("margin", (int, float), "a number, 0 or more"))
         if not 0 <= given["margin"] < float("inf"):
             raise table.error("margin", "a number, 0 or more", given["margin"])
+    if "promise" in table:
+        given["promise"] = table.text("promise", *_METRIC)
+        given["promise_limit"] = float(table.take("promise_limit", (int, float), "a number"))
     table.done()
     if inherited is not None and inherited.metric:
         return replace(inherited, **given)

@@ -16,13 +16,18 @@ def judge(
         failure: Why the arm's cells failed, if they did.
 
     Returns:
-        "not runnable here" where nothing was measured, else the word that the 95% interval of the effect gives.
+        "not runnable here" where nothing was measured, "hurts" where a promised output was changed, else the word
+        that the 95% interval of the effect gives.
     """
     x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
     effect = measure_effect(results, arm.slug, baseline, criterion.metric, criterion.compare, x)
     if effect is None:
         reason = failure or f"no {criterion.metric} was measured for it and its baseline alike"
         return Verdict(problem, arm.slug, "not runnable here", None, reason)
+    changed = results.largest(arm.slug, criterion.promise)
+    if changed is not None and changed > criterion.promise_limit:
+        reason = f"its promise of an unchanged output is broken: {criterion.promise} {changed:.3g}"
+        return Verdict(problem, arm.slug, "hurts", effect, reason)
     word = verdict_word(effect, criterion)
     low, high = _neutral_zone(criterion)
     reason = (

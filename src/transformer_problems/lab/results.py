@@ -39,6 +39,11 @@ class Results:
         """Values [seeds, repeats], or None where nothing was measured."""
         return self._stack(self._values.get((arm, metric, x)), None, None)
 
+    def largest(self, arm: str, metric: str) -> float | None:
+        """The largest value at any x, or None where nothing was measured."""
+        found = [v for (a, m, _), seeds in self._values.items() if (a, m) == (arm, metric) for v in seeds.values()]
+        return max((value for by_repeat in found for value in by_repeat.values()), default=None)
+
     def eased(self, arm: str, metric: str, x: float | None = None) -> Samples | None:
         """`samples` without what makes an example hard for every arm: its mean over arms, seeds and x, put to the
         mean of all examples. For metrics that every arm is measured by on the same examples.

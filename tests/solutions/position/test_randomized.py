@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_problems.core.errors import SequenceTooLongError
@@ -14,7 +14,6 @@ from transformer_problems.solutions.position.learned import LearnedPositions
 from transformer_problems.solutions.position.randomized import RandomizedPositions
 
 CPU = torch.device("cpu")
-
 
 
 @given(num_tokens=st.integers(0, 60), spare=st.integers(0, 300), training=st.booleans())

@@ -144,6 +144,14 @@ def test_factor_one_is_plain_rope(method: Method) -> None:
     assert torch.equal(encoding.rotate(q, q, positions, positions)[0], plain)
 
 
+def test_no_tokens_are_no_error() -> None:
+    none = torch.zeros(1, 2, 0, HEAD_DIM), torch.arange(0)
+    q, k = ScaledRotaryEmbedding(HEAD_DIM, method="dynamic_ntk", factor=2.0, trained_length=TRAINED).rotate(
+        none[0], none[0], none[1], none[1]
+    )
+    assert q.shape == k.shape == none[0].shape
+
+
 def test_wrong_arguments_are_named() -> None:
     good: dict[str, Any] = {"method": "yarn", "factor": 2.0, "trained_length": 8}
     with pytest.raises(UnknownNameError, match=r"unknown rotary scaling method 'yarm'\. Nearest: yarn"):

@@ -101,7 +101,8 @@ class ScaledRotaryEmbedding(PositionEncoding):
             case "ntk":
                 return trained * self._rebase(torch.tensor(self.factor, device=device))
             case "dynamic_ntk":
-                length = torch.maximum(q_positions.max(), k_positions.max()) + 1
+                least = q_positions.new_full((1,), self.trained_length - 1)  # up to there nothing is stretched
+                length = torch.cat([q_positions.flatten(), k_positions.flatten(), least]).max() + 1
                 stretch = (self.factor * length / self.trained_length - (self.factor - 1)).clamp(min=1.0)
                 return trained * self._rebase(stretch)
             case "yarn":
