@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +25,9 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, env=environment, **options)
 
 
-def refused(*arguments: str | Path) -> str:
+def refused(*arguments: str | Path, **options) -> str:
     """The one line that a mistake is answered with."""
-    done = run(*arguments)
+    done = run(*arguments, **options)
     assert done.returncode == 2, done
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
@@ -166,6 +169,26 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert "Choose another --out" in refused("measure", "02", "--out", tmp_path / "file" / "report")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("room", [4_000, 40_000])
+def test_no_room_for_results_is_one_line(tmp_path: Path, room: int) -> None:
+    """A limit on the size of files stands for a full disk: writing beyond it fails in the same way."""
+    line = refused("measure", "02", "--out", tmp_path / "report", preexec_fn=limit_files_to(room))
+    assert "cannot write results to" in line
+    assert "Choose another --out" in line
+
+
+def test_no_room_for_pictures_loses_no_result(measured: Path, tmp_path: Path) -> None:
+    shutil.copy(measured / "results.sqlite", tmp_path)
+    before = run("export", tmp_path).stdout
+    assert "cannot write" in refused("report", tmp_path, preexec_fn=limit_files_to(30_000))
+    assert run("report", tmp_path).returncode == 0
+    assert run("export", tmp_path).stdout == before
+
+
+def limit_files_to(num_bytes: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 def damaged_files(folder: Path, measured: Path) -> dict[str, bytes]:
