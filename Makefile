@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SCALE ?= quick
 OUT ?= report
 
-.PHONY: measure test lint format clean
+.PHONY: measure test lint format checkpoints clean
 
 measure: $(VENV)/installed
 	$(BIN)/transformer-problems measure --scale $(SCALE) --out $(OUT)
@@ -22,6 +22,9 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+checkpoints: $(VENV)/installed
+	$(BIN)/python scripts/train_checkpoints.py
+
 clean:
 	rm -rf $(VENV) report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -29,7 +32,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[retrieval]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml constraints.txt

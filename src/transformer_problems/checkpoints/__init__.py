@@ -1,0 +1,1 @@
+"""Checkpoints: a pair of small language models that come with the package."""
