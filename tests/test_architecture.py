@@ -38,10 +38,12 @@ def floor_of(module: str) -> int | None:
 
 
 def imports_of(path: Path) -> set[str]:
+    """Every dotted name that a file imports; what is imported from a package may be a module of it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path.name}:{node.lineno} imports relatively; write the whole name"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
@@ -49,6 +51,49 @@ def imports_of(path: Path) -> set[str]:
 
 def module_of(path: Path) -> str:
     return ".".join(("transformer_problems", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def foreign_roles(path: Path, role: str) -> set[str]:
+    """Imports of solutions of other roles, but for the baseline that every op stands in for."""
+    baseline = "transformer_problems.solutions.attention.dense"
+    solutions = {name for name in imports_of(path) if name.startswith("transformer_problems.solutions.")}
+    return {name for name in solutions if name.split(".")[2] != role and not f"{name}.".startswith(f"{baseline}.")}
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The problem rooms that a file imports from."""
+    return {name.split(".")[2] for name in imports_of(path) if name.startswith("transformer_problems.problems.p")}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import transformer_problems.solutions.position.rotary",
+        "from transformer_problems.solutions.position.rotary import RotaryEmbedding",
+        "from transformer_problems.solutions.position import rotary",
+        "from transformer_problems.solutions import attention, position",
+    ],
+)
+def test_an_import_of_another_role_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "solution.py").write_text(line)
+    assert foreign_roles(tmp_path / "solution.py", "attention")
+    (tmp_path / "solution.py").write_text("from transformer_problems.solutions.attention.dense import DenseAttention")
+    assert not foreign_roles(tmp_path / "solution.py", "recurrence")
+
+
+@pytest.mark.parametrize(
+    "line", ["from transformer_problems.problems import p01_x", "from transformer_problems.problems.p01_x import y"]
+)
+def test_an_import_of_another_room_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment.py").write_text(line)
+    assert rooms_of(tmp_path / "experiment.py") == {"p01_x"}
+
+
+@pytest.mark.parametrize("line", ["from . import position", "from ..position import rotary"])
+def test_a_relative_import_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "solution.py").write_text(line)
+    with pytest.raises(AssertionError, match="imports relatively"):
+        imports_of(tmp_path / "solution.py")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -61,20 +106,12 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "solutions").rglob("*.py")), ids=module_of)
 def test_roles_meet_by_injection(path: Path) -> None:
-    role = module_of(path).split(".")[2]
-    for imported in imports_of(path):
-        parts = imported.split(".")
-        if imported == "transformer_problems.solutions.attention.dense":
-            continue  # the baseline that every op stands in for
-        if parts[:2] == ["transformer_problems", "solutions"] and len(parts) > 2:
-            assert parts[2] == role, f"{module_of(path)} imports {imported}, of another role"
+    assert not foreign_roles(path, module_of(path).split(".")[2])
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "problems").glob("p*/*.py")), ids=module_of)
 def test_rooms_do_not_know_each_other(path: Path) -> None:
-    own = module_of(path).split(".")[2]
-    rooms = {i.split(".")[2] for i in imports_of(path) if i.startswith("transformer_problems.problems.p")}
-    assert rooms <= {own}
+    assert rooms_of(path) <= {module_of(path).split(".")[2]}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -130,7 +167,7 @@ def test_public_names_resolve() -> None:
 @pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["show", "01"], ["--help"], ["measure", "--help"]])
 def test_catalogue_commands_do_not_import_torch(arguments: list[str]) -> None:
     program = (
-        "import sys; from transformer_problems.cli import main; sys.argv[1:] = sys.argv[1:]\n"
+        "import sys; from transformer_problems.cli import main\n"
         "try: main()\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )

@@ -62,6 +62,55 @@ def test_check_mixer_finds_a_parameter_that_never_learns() -> None:
         check_mixer(mixer, embed_dim=16)
 
 
+def test_check_mixer_finds_a_parameter_that_counts_for_nothing() -> None:
+    class Uncounted(SelfAttention):
+        def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+            return super().forward(x, key_mask=key_mask, positions=positions) + 0 * self.idle.sum()
+
+    mixer = Uncounted(16, 2)
+    mixer.idle = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ContractError, match="every parameter learns +broken: gradient of idle is zero"):
+        check_mixer(mixer, embed_dim=16)
+
+
+class Scaled(SelfAttention):
+    """Chooses a number when it is built."""
+
+    def __init__(self, *, saved: bool) -> None:
+        super().__init__(16, 2)
+        scale = torch.rand((), dtype=torch.float64) + 1
+        if saved:
+            self.register_buffer("scale", scale)
+        else:
+            self.scale = float(scale)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        return super().forward(x, key_mask=key_mask, positions=positions) * self.scale
+
+    def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        y, state = super().stream(x, state)
+        return y * self.scale, state
+
+
+def test_check_mixer_finds_what_is_not_saved_given_what_makes_a_mixer() -> None:
+    with pytest.raises(ContractError, match="state dict round trip +broken: after loading"):
+        check_mixer(lambda: Scaled(saved=False), embed_dim=16)
+    complete = check_mixer(lambda: Scaled(saved=True), embed_dim=16)
+    assert next(c.detail for c in complete.checks if c.name == "state dict round trip") == ""
+    copied = check_mixer(Scaled(saved=False), embed_dim=16)
+    assert "pass what makes a mixer" in str(copied)
+
+
+def test_check_mixer_finds_one_that_cannot_take_no_tokens() -> None:
+    with pytest.raises(ContractError, match="no tokens +broken"):
+        check_mixer(Faulty(input=lambda x: x - x[:, -1:] if x.amax() else x), embed_dim=16)
+
+
+def test_check_mixer_finds_a_state_that_an_empty_chunk_changes() -> None:
+    with pytest.raises(ContractError, match="no tokens +broken.*empty chunk"):
+        check_mixer(Faulty(state=forget_one), embed_dim=16)
+
+
 def test_check_mixer_finds_a_state_that_changes_under_its_holder() -> None:
     class Shared(SelfAttention):
         def initial_state(self, batch_size: int) -> list[KVCache]:

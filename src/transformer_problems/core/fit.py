@@ -1,15 +1,22 @@
 """Whether the parts of an attention layer go together, asked once, when it is built."""
 
-from transformer_problems.core.errors import CombinationError
+from torch import Tensor
+
+from transformer_problems.core.arguments import require_not_negative
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.slots import AttentionOp, PositionEncoding
 
 
-def check_attention_fit(op: AttentionOp, position: PositionEncoding | None, *, is_causal: bool) -> None:
-    """Refuse an attention op and a position encoding that cannot work together.
+def check_attention_fit(
+    op: AttentionOp, position: PositionEncoding | None, *, num_heads: int, head_dim: int, is_causal: bool
+) -> None:
+    """Refuse an attention op and a position encoding that cannot work together, or not in heads of these sizes.
 
     Raises:
         CombinationError: With the remedy.
     """
+    for part in (op, position):
+        check_built_for(part, num_heads=num_heads, head_dim=head_dim)
     op_name = type(op).__name__
     if is_causal and not getattr(op, "accepts_causal", True):
         raise CombinationError(
@@ -30,6 +37,39 @@ def check_attention_fit(op: AttentionOp, position: PositionEncoding | None, *, i
         )
 
 
+def check_built_for(part: object, **sizes: int) -> None:
+    """Refuse a part that is a class in place of an instance, or that is built for other sizes than these.
+
+    A part says what it is built for in attributes of these names; None, or no such attribute, means any size.
+
+    Raises:
+        CombinationError: With the remedy.
+    """
+    if isinstance(part, type):
+        raise CombinationError(f"{part.__name__} is a class, not an instance. Pass {part.__name__}(...).")
+    for name, size in sizes.items():
+        own = getattr(part, name, None)
+        if own is not None and own != size:
+            part_name = type(part).__name__
+            raise CombinationError(
+                f"{part_name} is built for {name}={own}, but its place here has {name}={size}. "
+                f"Build {part_name} for {name}={size}."
+            )
+
+
+def check_start(batch_size: int, position: PositionEncoding | None = None, *, is_causal: bool = True) -> None:
+    """Refuse to start a stream of such a number of sequences, or in a layer that cannot stream.
+
+    Raises:
+        ArgumentError: If the number is none, or a token sees the future.
+        CombinationError: If the encoding cannot be streamed.
+    """
+    require_not_negative(batch_size=batch_size)
+    if not is_causal:
+        raise ArgumentError("is_causal must be True to stream: a token that sees the future cannot be final.")
+    check_streams(position)
+
+
 def check_streams(position: PositionEncoding | None) -> None:
     """Refuse to stream with an encoding that depends on the final length.
 
@@ -40,4 +80,17 @@ def check_streams(position: PositionEncoding | None) -> None:
         raise CombinationError(
             f"{type(position).__name__} depends on the final length, so its past cannot be cached. "
             "Call forward on the whole sequence, or choose an encoding with fixed scaling."
+        )
+
+
+def check_same_batch(chunk: Tensor, batch_size: int) -> None:
+    """Refuse a chunk [B, ...] of other sequences than its state has followed.
+
+    Raises:
+        ArgumentError: If the numbers of sequences differ.
+    """
+    if len(chunk) != batch_size:
+        raise ArgumentError(
+            f"a chunk must have the batch size of its state, {batch_size}; got {len(chunk)}. "
+            f"Start with initial_state({len(chunk)})."
         )

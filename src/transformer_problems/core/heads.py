@@ -1,7 +1,9 @@
 """Steps that every attention layer takes around its op: into heads and back, and what positions add."""
 
+import torch
 from torch import Tensor
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias, PositionEncoding
 
 
@@ -13,6 +15,26 @@ def split_heads(y: Tensor, num_heads: int) -> Tensor:
 def merge_heads(y: Tensor) -> Tensor:
     """[..., H, N, D] -> [..., N, H * D]."""
     return y.transpose(-3, -2).flatten(-2)
+
+
+def check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
+    """Refuse what is no key mask for x [B, N, ...].
+
+    Raises:
+        ArgumentError: Unless it is None, or bool [B, N].
+    """
+    if key_mask is None or (key_mask.dtype == torch.bool and key_mask.shape == x.shape[:2]):
+        return
+    raise ArgumentError(
+        f"key_mask must be bool {list(x.shape[:2])}, True for real tokens; got {key_mask.dtype} "
+        f"{list(key_mask.shape)}. Compare with the padding token: key_mask = tokens != padding."
+    )
+
+
+def mask_of_keys(key_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The key mask of x [B, N, C] as a mask of scores, [B, 1, 1, N]; raises ArgumentError where it is none."""
+    check_key_mask(key_mask, x)
+    return None if key_mask is None else key_mask[:, None, None, :]
 
 
 def rotate(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Scale = Literal["quick", "standard", "full"]
-VerdictWord = Literal["helps", "no effect", "hurts", "inconclusive", "not runnable here"]
+VerdictWord = Literal["helps", "no effect", "hurts", "inconclusive", "diverged", "not runnable here"]
 
 
 @dataclass(frozen=True, slots=True)

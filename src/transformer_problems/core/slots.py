@@ -25,6 +25,9 @@ class PositionEncoding(nn.Module):
         attends: The encoding acts inside attention (`rotate`, `bias`), so it belongs to `SelfAttention`.
         biases: `bias` returns something, so the attention op must accept a bias.
         streams: False where the encoding of a token depends on the final length, so no cache can hold it.
+
+    Attributes `embed_dim` of one that embeds, `num_heads` and `head_dim` of one that attends say which sizes it is
+    built for; without them it fits any.
     """
 
     embeds: bool = False
@@ -92,9 +95,9 @@ class AttentionOp(Protocol):
 
     With `is_causal` the queries are the last N of the M tokens: query i sees keys up to i + M - N.
     A query that may attend to nothing gets zeros. Optional attributes, read with these defaults:
-    `accepts_bias = True`, `accepts_causal = True`, and `lookback = None`: the number of keys before a query's
-    own that it can ever see under `is_causal` (None: all), which lets a cache forget the rest, but for the first
-    `num_sinks = 0` keys of the sequence.
+    `accepts_bias = True`, `accepts_causal = True`, `num_heads = None` and `head_dim = None`: the H and D that it is
+    built for (None: any), and `lookback = None`: the number of keys before a query's own that it can ever see under
+    `is_causal` (None: all), which lets a cache forget the rest, but for the first `num_sinks = 0` keys of the sequence.
     """
 
     def __call__(
@@ -182,6 +185,7 @@ class TokenMixer(Protocol):
         x: [B, N, C]; key_mask: [B, N] bool, True for real tokens; positions: [N] or [B, N]; output: [B, N, C].
 
     `is_causal` says whether token i sees only tokens up to i: decoders require True, encoders False.
+    An attribute `embed_dim`, where there is one, says which C it is built for, so that a model can refuse another.
     """
 
     is_causal: bool

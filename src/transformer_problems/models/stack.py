@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
-from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.slots import PositionEncoding, TokenMixer, token_positions
 from transformer_problems.models.block import TransformerBlock
 
@@ -32,6 +34,12 @@ class StackState:
     def num_bytes(self) -> int:
         return sum(layer.num_bytes for layer in self.layers)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.tensors().items()}
+
+    def detach(self) -> Self:
+        return type(self)(tuple(layer.detach() for layer in self.layers), self.num_seen)
+
 
 class TransformerStack(nn.Module):
     """Embeds tokens, adds positions where the encoding does so, and runs the layers.
@@ -40,7 +48,7 @@ class TransformerStack(nn.Module):
         vocab_size: V.
         embed_dim: C.
         num_layers: L.
-        mixer: Called once a layer; returns that layer's token mixer.
+        mixer: Called once a layer; returns that layer's token mixer, of width C.
         is_causal: What every mixer must be.
         position: An encoding that adds to the embeddings (sinusoidal, learned). Default none.
         sample_positions: Chooses positions other than 0, 1, 2, ... (randomized positions). Default none.
@@ -49,7 +57,9 @@ class TransformerStack(nn.Module):
         tokens: [B, N] int; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
 
     Raises:
-        CombinationError: If a mixer's causality or the position encoding does not fit.
+        CombinationError: If a mixer's causality or width, or the position encoding does not fit.
+        ArgumentError: If a size is not positive, `mixer` is a mixer in place of what makes one, or an input's shape or
+            dtype is wrong.
     """
 
     def __init__(
@@ -66,7 +76,14 @@ class TransformerStack(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
+        require_positive_int(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
+        if isinstance(mixer, nn.Module):
+            name = type(mixer).__name__
+            raise ArgumentError(
+                f"mixer must be a function that makes a layer's mixer; got the {name} itself, which all layers would "
+                f"share. Pass mixer=lambda: {name}(...)."
+            )
+        check_built_for(position, embed_dim=embed_dim)
         if position is not None and not position.embeds:
             name = type(position).__name__
             raise CombinationError(
@@ -78,12 +95,14 @@ class TransformerStack(nn.Module):
         self.position = position
         self.sample_positions = sample_positions
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, _checked(mixer(), is_causal), device=device, dtype=dtype)
+            TransformerBlock(embed_dim, _checked(mixer(), embed_dim, is_causal), device=device, dtype=dtype)
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        _check_tokens(tokens)
+        check_key_mask(key_mask, tokens)
         if positions is None:
             positions = self.choose_positions(tokens.shape[1], tokens.device)
         x = self.embed(tokens, positions)
@@ -100,6 +119,9 @@ class TransformerStack(nn.Module):
         return StackState(tuple(block.mixer.initial_state(batch_size) for block in self.blocks))  # type: ignore[operator,union-attr]
 
     def stream(self, tokens: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+        _check_tokens(tokens)
+        if not isinstance(state, StackState):
+            raise ArgumentError(f"state must come from initial_state or an earlier stream; got {state!r}.")
         positions = token_positions(tokens.shape[1], tokens.device, start=state.num_seen)
         x = self.embed(tokens, positions)
         layers = []
@@ -120,7 +142,8 @@ class TransformerStack(nn.Module):
         return x if self.position is None else self.position.embed(x, positions)
 
 
-def _checked(mixer: TokenMixer, is_causal: bool) -> TokenMixer:
+def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:
+    check_built_for(mixer, embed_dim=embed_dim)
     if mixer.is_causal != is_causal:
         owner, needed = ("Decoder", True) if is_causal else ("Encoder", False)
         raise CombinationError(
@@ -128,3 +151,11 @@ def _checked(mixer: TokenMixer, is_causal: bool) -> TokenMixer:
             f"is_causal={mixer.is_causal}. Build it with is_causal={needed}."
         )
     return mixer
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        raise ArgumentError(
+            f"tokens must be whole numbers [B, N]; got {tokens.dtype} {list(tokens.shape)}. "
+            "Give one sequence as tokens[None]."
+        )

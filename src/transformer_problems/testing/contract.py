@@ -1,6 +1,6 @@
 """Running a list of checks on one subject and saying what held and what did not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -41,12 +41,12 @@ class ContractReport:
         return "\n".join([self.subject, *lines])
 
 
-def run_checks(subject: str, checks: dict[str, Callable[[], None]]) -> ContractReport:
+def run_checks(subject: str, checks: Mapping[str, Callable[[], str | None]]) -> ContractReport:
     """Run every check, then raise if any broke.
 
     Args:
         checks: Name to function; a function raises AssertionError where the rule is broken. Any other exception
-            breaks the rule too and is named, except NotApplicable.
+            breaks the rule too and is named, except NotApplicable. What it returns is how far it could look.
 
     Raises:
         ContractError: With the whole report, if any check is broken.
@@ -54,7 +54,7 @@ def run_checks(subject: str, checks: dict[str, Callable[[], None]]) -> ContractR
     done = []
     for name, check in checks.items():
         try:
-            check()
+            detail = check() or ""
         except NotApplicable as reason:
             done.append(Check(name, "not applicable", str(reason)))
         except AssertionError as error:
@@ -62,7 +62,7 @@ def run_checks(subject: str, checks: dict[str, Callable[[], None]]) -> ContractR
         except Exception as error:  # whatever a foreign module raises is this check's finding
             done.append(Check(name, "broken", f"raised {type(error).__name__}: {error}"))
         else:
-            done.append(Check(name, "holds"))
+            done.append(Check(name, "holds", detail))
     report = ContractReport(subject, tuple(done))
     if report.broken:
         raise ContractError(f"contract broken\n{report}")

@@ -1,6 +1,7 @@
 """The contract of the TokenMixer slot."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _TOLERANCE = 1e-9  # float64: rounding of sums of some hundred terms stays a tho
 
 
 def check_mixer(
-    mixer: nn.Module,
+    mixer: nn.Module | Callable[[], nn.Module],
     *,
     embed_dim: int,
     max_seq_len: int | None = None,
@@ -33,7 +34,8 @@ def check_mixer(
     The module itself is not changed; the checks run on copies in float64 except where they test dtypes.
 
     Args:
-        mixer: The module under test; see `core.slots.TokenMixer`.
+        mixer: The module under test, see `core.slots.TokenMixer`, or better what makes one: a second one shows
+            whether all that a mixer learned is in its state dict.
         embed_dim: C, the width it expects.
         max_seq_len: Longest sequence it takes, for mixers of fixed length.
         stream_tolerance: Relative difference allowed between streamed and whole, for lossy caches.
@@ -44,9 +46,11 @@ def check_mixer(
     Raises:
         ContractError: With the report, if any check is broken.
     """
-    subject = _MixerSubject(mixer, embed_dim, max_seq_len, stream_tolerance, seed)
-    checks = {
+    built, make = (mixer, None) if isinstance(mixer, nn.Module) else (mixer(), mixer)
+    subject = _MixerSubject(built, make, embed_dim, max_seq_len, stream_tolerance, seed)
+    checks: dict[str, Callable[[], str | None]] = {
         "shape and dtype": subject.check_shape,
+        "no tokens": subject.check_no_tokens,
         "causality": subject.check_causality,
         "mask obedience": subject.check_mask,
         "batch independence": subject.check_batch,
@@ -58,12 +62,20 @@ def check_mixer(
         "device": subject.check_device,
         "state dict round trip": subject.check_state_dict,
     }
-    return run_checks(f"{type(mixer).__name__} as TokenMixer", checks)
+    return run_checks(f"{type(built).__name__} as TokenMixer", checks)
 
 
 class _MixerSubject:
-    def __init__(self, mixer: nn.Module, embed_dim: int, max_len: int | None, tolerance: float, seed: int) -> None:
-        self.original, self.embed_dim, self.stream_tolerance = mixer, embed_dim, tolerance
+    def __init__(
+        self,
+        mixer: nn.Module,
+        make: Callable[[], nn.Module] | None,
+        embed_dim: int,
+        max_len: int | None,
+        tolerance: float,
+        seed: int,
+    ) -> None:
+        self.make, self.embed_dim, self.stream_tolerance = make, embed_dim, tolerance
         self.mixer = copy.deepcopy(mixer).cpu().double().eval()
         self.lengths = [n for n in _LENGTHS if max_len is None or n <= max_len]
         self.generator = torch.Generator().manual_seed(seed)
@@ -78,6 +90,23 @@ class _MixerSubject:
             assert y.shape == x.shape, f"output {tuple(y.shape)} for input {tuple(x.shape)}"
             assert y.dtype == x.dtype, f"output {y.dtype} for input {x.dtype}"
             assert y.isfinite().all(), f"output is not finite at length {length}"
+
+    def check_no_tokens(self) -> None:
+        nothing = self.x(2, 0)
+        y = self.mixer(nothing)
+        assert y.shape == nothing.shape, f"output {tuple(y.shape)} for input {tuple(nothing.shape)}"
+        try:
+            _, state = self._stream(self.x(2, 9), [4, 5])
+        except NotApplicable:
+            return
+        before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        _, after = self._stream(nothing, [0], state)
+        assert after.tensors().keys() == before.keys(), "an empty chunk changes what the state holds"
+        for name, tensor in after.tensors().items():
+            assert_close(tensor, before[name], f"{name} of the state after an empty chunk", tolerance=0.0)
+        x = self.x(2, self.lengths[-1])
+        streamed, _ = self._stream(x, [0, x.shape[1], 0])
+        assert_close(streamed, self.mixer(x), "a stream with empty chunks", tolerance=self.stream_tolerance)
 
     def check_causality(self) -> None:
         if not self.mixer.is_causal:
@@ -133,10 +162,12 @@ class _MixerSubject:
     def check_parameters(self) -> None:
         mixer = copy.deepcopy(self.mixer)
         mixer(self.x(2, self.lengths[-1])).square().sum().backward()
-        idle = [name for name, p in mixer.named_parameters() if p.requires_grad and p.grad is None]
-        assert not idle, f"no gradient reaches {', '.join(idle)}"
         for name, parameter in mixer.named_parameters():
-            assert parameter.grad is None or parameter.grad.isfinite().all(), f"gradient of {name} is not finite"
+            if not parameter.requires_grad:
+                continue
+            assert parameter.grad is not None, f"no gradient reaches {name}"
+            assert parameter.grad.isfinite().all(), f"gradient of {name} is not finite"
+            assert parameter.grad.any(), f"gradient of {name} is zero"
 
     def check_half_precision(self) -> None:
         length = self.lengths[-1]
@@ -154,24 +185,24 @@ class _MixerSubject:
             with stray_tensors_on_meta():
                 assert mixer(x, key_mask=mask).device == x.device, "output is on another device than the input"
 
-    def check_state_dict(self) -> None:
+    def check_state_dict(self) -> str | None:
         x = self.x(1, self.lengths[-1])
-        expected = self.mixer(x)
-        state = {name: tensor.clone() for name, tensor in self.mixer.state_dict().items()}
-        other = copy.deepcopy(self.mixer)
+        other = copy.deepcopy(self.mixer) if self.make is None else self.make().cpu().double().eval()
         with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.normal_()
-        other.load_state_dict(state)
-        assert_close(other(x), expected, "after loading its state dict", tolerance=0.0)
+            for entry in other.state_dict().values():
+                if isinstance(entry, Tensor) and entry.is_floating_point():
+                    entry.normal_()
+        other.load_state_dict(self.mixer.state_dict())
+        assert_close(other(x), self.mixer(x), "after loading its state dict", tolerance=0.0)
+        return None if self.make else "as far as a copy shows; pass what makes a mixer to find state that is not saved"
 
-    def _stream(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
+    def _stream(self, x: Tensor, sizes: list[int], state: Any = None) -> tuple[Tensor, Any]:
         if not hasattr(self.mixer, "initial_state"):
             raise NotApplicable("the mixer does not stream")
         if not self.mixer.is_causal:
             raise NotApplicable("the mixer sees both sides")
         try:
-            state = self.mixer.initial_state(x.shape[0])  # type: ignore[operator]
+            state = self.mixer.initial_state(x.shape[0]) if state is None else state  # type: ignore[operator]
         except CombinationError as reason:
             raise NotApplicable(f"it says: {reason}") from reason
         outputs = []

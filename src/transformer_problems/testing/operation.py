@@ -38,7 +38,7 @@ def check_attention_op(
         ContractError: With the report, if any check is broken.
     """
     subject = _OpSubject(op, num_heads, head_dim, max_seq_len, grouped, seed)
-    checks: dict[str, Callable[[], None]] = {
+    checks: dict[str, Callable[[], str | None]] = {
         "shape and dtype": subject.check_shape,
         "leading dimensions": subject.check_leading_dimensions,
         "causality": subject.check_causality,

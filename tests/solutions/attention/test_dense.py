@@ -99,3 +99,24 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     q, k, v = torch.ones(1, 4, 2, 8), torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 8)
     with pytest.raises(ArgumentError, match="num_heads must be a multiple of num_kv_heads; got 4 and 3"):
         DenseAttention()(q, k, v)
+
+
+@pytest.mark.parametrize(("masked", "is_causal", "held"), [(False, False, 1), (False, True, 1), (True, False, 2)])
+def test_masks_make_the_baseline_hold_no_more_scores(masked: bool, is_causal: bool, held: int) -> None:
+    """It is what every op is compared with, so a wasteful one would flatter them all.
+
+    The backward pass needs the weights; behind a mask that may leave a row empty, also what the softmax gave.
+    """
+    q, k, v = draw(50, 50)
+    mask = torch.rand(2, 1, 1, 50, generator=torch.Generator().manual_seed(2)) < 0.5 if masked else None
+    kept: set[int] = set()
+
+    def keep(x: Tensor) -> Tensor:
+        if x.is_floating_point() and x.numel() == 2 * HEADS * 50 * 50:
+            kept.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = DenseAttention()(q, k, v, mask=mask, is_causal=is_causal)
+    assert len(kept) == held
+    y.sum().backward()

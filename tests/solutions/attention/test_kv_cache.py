@@ -169,3 +169,23 @@ def test_taking_back_more_than_is_there_is_refused() -> None:
         window = window.append(tokens(1), tokens(1)).trimmed()
     with pytest.raises(ArgumentError, match=r"num_tokens must be at least \d+; got 50.*Keep the earlier cache"):
         window.truncated(50)
+
+
+def test_a_cache_of_inference_mode_goes_on_without_it() -> None:
+    k = tokens(6)
+    with torch.inference_mode():
+        cache = KVCache.empty(BATCH).append(k[:, :, :2], k[:, :, :2])
+        held = cache.append(k[:, :, 2:3], k[:, :, 2:3])
+    with torch.no_grad():
+        for start in range(3, 6):
+            now = k[:, :, start : start + 1]
+            cache, held = held, held.append(now, now)
+            assert torch.equal(cache.keys, k[:, :, :start])
+    assert torch.equal(held.keys, k) and not held.keys.is_inference()
+
+
+def test_another_batch_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="batch size of its state, 3; got 2"):
+        KVCache.empty(BATCH + 1).append(tokens(1), tokens(1))
+    with pytest.raises(ArgumentError, match="batch_size must not be negative; got -1"):
+        KVCache.empty(-1)

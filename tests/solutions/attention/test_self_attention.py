@@ -12,6 +12,7 @@ from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 from transformer_problems.solutions.attention.linformer import Linformer
 from transformer_problems.solutions.attention.performer import Performer
+from transformer_problems.solutions.attention.quantized_cache import QuantizedKVCache
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.attention.sliding_window import SlidingWindow
 from transformer_problems.solutions.position.alibi import ALiBi
@@ -19,6 +20,8 @@ from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.position.rotary_scaling import ScaledRotaryEmbedding
 from transformer_problems.solutions.position.shaw import ShawRelative
 from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
+from transformer_problems.solutions.position.t5 import T5RelativeBias
+from transformer_problems.solutions.position.transformer_xl import TransformerXLRelative
 
 WIDTH, HEADS = 16, 4
 DIM = WIDTH // HEADS
@@ -186,3 +189,60 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         SelfAttention(16, 3)
     with pytest.raises(ArgumentError, match=r"num_heads must be a multiple of num_kv_heads; got 4 and 3"):
         SelfAttention(16, 4, num_kv_heads=3)
+    with pytest.raises(ArgumentError, match="num_heads must be a positive whole number; got '4'"):
+        SelfAttention(16, "4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position": RotaryEmbedding(2 * DIM)}, "RotaryEmbedding is built for head_dim=8, .* here has head_dim=4"),
+        ({"position": ShawRelative(2 * DIM, max_distance=4)}, "ShawRelative is built for head_dim=8"),
+        ({"position": TransformerXLRelative(2 * WIDTH, HEADS)}, "TransformerXLRelative is built for head_dim=8"),
+        ({"position": ALiBi(2 * HEADS)}, "ALiBi is built for num_heads=8, .* here has num_heads=4"),
+        ({"position": ALiBi(1)}, "ALiBi is built for num_heads=1"),
+        ({"position": T5RelativeBias(1)}, "Build T5RelativeBias for num_heads=4"),
+        ({"op": Performer(2 * DIM)}, "Performer is built for head_dim=8"),
+        ({"op": Linformer(10, 4, num_heads=2), "is_causal": False}, "Linformer is built for num_heads=2"),
+        ({"op": SlidingWindow(5, dilation=(1, 2))}, "SlidingWindow is built for num_heads=2"),
+        ({"op": FlashAttention}, r"FlashAttention is a class, not an instance. Pass FlashAttention\("),
+        ({"position": RotaryEmbedding}, "RotaryEmbedding is a class, not an instance"),
+    ],
+)
+def test_parts_of_other_sizes_are_refused_when_it_is_built(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(CombinationError, match=message):
+        build(**arguments)
+
+
+def test_wrong_inputs_are_named() -> None:
+    layer, x = build(), draw(5)
+    for key_mask in (torch.ones(2, 4), torch.ones(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.ones(5) > 0):
+        with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 5\], True for real tokens; got torch\."):
+            layer(x, key_mask=key_mask)
+    state = layer.initial_state(2)
+    for wrong in (x[0], x[..., :3]):
+        with pytest.raises(ArgumentError, match=r"x must be \[B, N, 16\]; got"):
+            layer(wrong)
+        with pytest.raises(ArgumentError, match=r"x must be \[B, N, 16\]; got"):
+            layer.stream(wrong, state)
+    with pytest.raises(ArgumentError, match="state must come from initial_state or an earlier stream; got None"):
+        layer.stream(x, None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"op": Performer(DIM)}, {"cache": QuantizedKVCache.empty}],
+    ids=["plain", "performer", "quantized"],
+)
+def test_a_chunk_of_another_batch_is_refused(arguments: dict[str, object]) -> None:
+    layer, x = build(**arguments), draw(5)
+    with torch.no_grad():
+        _, state = layer.stream(x, layer.initial_state(2))
+        with pytest.raises(ArgumentError, match="batch size of its state, 2; got 1"):
+            layer.stream(x[:1], state)
+
+
+@pytest.mark.parametrize("batch_size", [-1, "2", 1.5])
+def test_wrong_batch_sizes_are_refused(batch_size: object) -> None:
+    with pytest.raises(ArgumentError, match="batch_size must (not be negative|be a whole number); got"):
+        build().initial_state(batch_size)  # type: ignore[arg-type]

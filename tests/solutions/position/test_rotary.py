@@ -69,8 +69,10 @@ def test_gradcheck() -> None:
 
 
 def test_odd_head_dim_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="head_dim must be a multiple of pair size; got 7 and 2"):
-        RotaryEmbedding(7)
+    with pytest.raises(
+        ArgumentError, match="head_dim must be a multiple of 2, a pair of features; got 15. Choose 14 or 16"
+    ):
+        RotaryEmbedding(15)
 
 
 def _gradients(outputs: tuple[Tensor, ...], weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -35,5 +35,5 @@ def test_far_positions_have_codes_too() -> None:
 
 
 def test_odd_width_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="embed_dim must be a multiple of pair size; got 9 and 2"):
+    with pytest.raises(ArgumentError, match="embed_dim must be a multiple of 2, .* got 9. Choose 8 or 10"):
         SinusoidalEncoding(9)

@@ -60,7 +60,7 @@ def test_gradcheck() -> None:
 
 
 def test_wrong_buckets_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="num_buckets must be a multiple of the halves it is split into; got 6"):
+    with pytest.raises(ArgumentError, match="num_buckets must be a multiple of 4, .* got 6. Choose 4 or 8"):
         T5RelativeBias(2, num_buckets=6, is_causal=False)
     with pytest.raises(
         ArgumentError, match="max_distance must exceed the 16 distances with a bucket of their own; got 16"

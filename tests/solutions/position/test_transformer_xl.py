@@ -95,5 +95,5 @@ def test_gradcheck() -> None:
 def test_width_must_fit_heads_and_pairs() -> None:
     with pytest.raises(ArgumentError, match="embed_dim must be a multiple of num_heads; got 10 and 4"):
         TransformerXLRelative(10, 4)
-    with pytest.raises(ArgumentError, match="embed_dim must be a multiple of pair size; got 9 and 2"):
+    with pytest.raises(ArgumentError, match="embed_dim must be a multiple of 2, .* got 9. Choose 8 or 10"):
         TransformerXLRelative(9, 3)

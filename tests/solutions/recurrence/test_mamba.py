@@ -198,5 +198,5 @@ def test_misfits_are_named() -> None:
     with pytest.raises(ArgumentError, match="state_dim must be positive; got 0"):
         Mamba(8, state_dim=0)
     layer = build()
-    with pytest.raises(ArgumentError, match="x must have the state's batch size, 3; got 2"):
+    with pytest.raises(ArgumentError, match="a chunk must have the batch size of its state, 3; got 2"):
         layer.stream(draw(4), layer.initial_state(3))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.scores import key_mask_of
 from transformer_problems.solutions.attention.sliding_window import window_attention
@@ -36,7 +36,7 @@ class AttentionSinks(nn.Module):
 
     def __init__(self, window_size: int, *, num_sinks: int = 4) -> None:
         super().__init__()
-        require_positive(window_size=window_size, num_sinks=num_sinks)
+        require_positive_int(window_size=window_size, num_sinks=num_sinks)
         self.window_size, self.num_sinks = window_size, num_sinks
         self.lookback = window_size
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_attention_fit, check_streams
+from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -72,9 +72,8 @@ class ChunkedAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_positive(chunk_size=chunk_size)
-        if left_chunks < 0:
-            raise ArgumentError(f"left_chunks must not be negative; got {left_chunks}. Use 0 for the own chunk only.")
+        require_positive_int(chunk_size=chunk_size)
+        require_not_negative(left_chunks=left_chunks)
         if dynamic_chunk_sizes is not None and not 1 <= dynamic_chunk_sizes[0] <= dynamic_chunk_sizes[1]:
             raise ArgumentError(
                 f"dynamic_chunk_sizes must be two positive sizes in ascending order; got {dynamic_chunk_sizes}. "
@@ -83,7 +82,9 @@ class ChunkedAttention(nn.Module):
         self.op = DenseAttention() if op is None else op
         self.position = position
         self.is_causal = not look_ahead
-        check_attention_fit(self.op, position, is_causal=self.is_causal)
+        head_dim = embed_dim // num_heads
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=head_dim, is_causal=self.is_causal)
+        self.embed_dim = embed_dim
         self.num_heads, self.chunk_size, self.left_chunks = num_heads, chunk_size, left_chunks
         self.dynamic_chunk_sizes, self._random = dynamic_chunk_sizes, random.Random(seed)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -98,6 +99,8 @@ class ChunkedAttention(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         num_tokens = x.shape[1]
+        if num_tokens == 0:
+            return x
         if positions is None:
             positions = token_positions(num_tokens, x.device)
         size = min(self._draw_chunk_size(), num_tokens)
@@ -129,11 +132,13 @@ class ChunkedAttention(nn.Module):
 
     def initial_state(self, batch_size: int) -> KVCache:
         """The state before the first token: an empty cache."""
-        check_streams(self.position)
+        check_start(batch_size, self.position)
         return KVCache.empty(batch_size, lookback=(self.left_chunks + 1) * self.chunk_size - 1)
 
     def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        if x.shape[1] == 0:
+            return x, state
         inside = state.num_seen % self.chunk_size
         if inside and not self.is_causal:
             raise ArgumentError(

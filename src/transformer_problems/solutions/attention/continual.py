@@ -60,7 +60,7 @@ class ContinualAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_window(window_len)
-        self.window_len = window_len
+        self.embed_dim, self.window_len = embed_dim, window_len
         op = SlidingWindow(window_len - 1)
         self.attention = SelfAttention(
             embed_dim, num_heads, op=op, position=position, bias=bias, device=device, dtype=dtype
@@ -167,7 +167,7 @@ class RetroactiveAttention(nn.Module):
         _check_window(window_len)
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         self.op = DenseAttention()
-        check_attention_fit(self.op, position, is_causal=False)
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=embed_dim // num_heads, is_causal=False)
         check_streams(position)
         if position is not None and position.biases:
             raise CombinationError(

@@ -32,7 +32,9 @@ class DenseAttention(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., H, N, M]
         if bias is not None:
             scores = scores + bias.dense()
+        # A causal query sees at least itself; a mask may leave it nothing, and so may fewer keys than queries.
+        empty_rows = mask is not None or q.shape[-2] > k.shape[-2]
         if is_causal:
             causal = causal_mask(q.shape[-2], k.shape[-2], q.device)
             mask = causal if mask is None else mask & causal
-        return masked_softmax(scores, mask).to(v.dtype) @ v
+        return masked_softmax(scores, mask, empty_rows=empty_rows).to(v.dtype) @ v

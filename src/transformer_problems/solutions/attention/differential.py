@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
-from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
+from transformer_problems.core.arguments import require_multiple, require_positive_int
+from transformer_problems.core.fit import check_attention_fit, check_start
+from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
+from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -60,11 +60,12 @@ class DifferentialAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_multiple("embed_dim", embed_dim, "2 * num_heads", 2 * num_heads)
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        require_positive(layer_index=layer_index)
+        require_positive_int(layer_index=layer_index)
         self.op = DenseAttention() if op is None else op
         self.position, self.is_causal = position, is_causal
-        check_attention_fit(self.op, position, is_causal=is_causal)
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // (2 * num_heads)
+        self.embed_dim, self.head_dim = embed_dim, embed_dim // (2 * num_heads)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=is_causal)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer_index - 1))
         kv_dim = num_kv_heads * 2 * self.head_dim
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -76,23 +77,24 @@ class DifferentialAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        if x.shape[1] == 0:
+            return x
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
         q, q_rotated, k, v = self._project(x, positions)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return self._attend(q, q_rotated, k, v, positions, positions, mask)
+        return self._attend(q, q_rotated, k, v, positions, positions, mask_of_keys(key_mask, x))
 
     def initial_state(self, batch_size: int) -> KVCache:
         """The state before the first token: an empty cache."""
-        if not self.is_causal:
-            raise ArgumentError("is_causal must be True to stream: a token that sees the future cannot be final.")
-        check_streams(self.position)
+        check_start(batch_size, self.position, is_causal=self.is_causal)
         return KVCache.empty(
             batch_size, lookback=getattr(self.op, "lookback", None), num_sinks=getattr(self.op, "num_sinks", 0)
         )
 
     def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        if x.shape[1] == 0:
+            return x, state
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)
         q, q_rotated, k, v = self._project(x, positions)
         state = state.append(k, v)
@@ -112,13 +114,13 @@ class DifferentialAttention(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q before and after rotation [B, H, N, 2D], k and v [B, G, N, 2D]; the two maps lie side by side."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        q = split_heads(self.q_proj(x), self.num_heads)
+        k = split_heads(self.k_proj(x), self.num_kv_heads)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
         if self.position is None:
             return q, q, k, v
         maps = zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
-        turned = [self.position.rotate(q_map, k_map, positions, positions) for q_map, k_map in maps]
+        turned = [rotate(self.position, q_map, k_map, positions, positions) for q_map, k_map in maps]
         q_rotated, k = (torch.cat(pair, dim=-1) for pair in zip(*turned, strict=True))
         return q, q_rotated, k, v
 
@@ -136,15 +138,15 @@ class DifferentialAttention(nn.Module):
         maps = zip(q.chunk(2, dim=-1), q_rotated.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
         first, second = (
             self.op(
-                q_rot, k_map, v, bias=self._bias(q_map, q_positions, k_positions), mask=mask, is_causal=self.is_causal
+                q_rot,
+                k_map,
+                v,
+                bias=bias_of(self.position, q_map, q_positions, k_positions),
+                mask=mask,
+                is_causal=self.is_causal,
             )
             for q_map, q_rot, k_map in maps
         )
         y = self.head_norm(first - self.mixing().to(second.dtype) * second) * (1 - self.lambda_init)
-        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
+        out: Tensor = self.out_proj(merge_heads(y))
         return out
-
-    def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> PositionBias | None:
-        if self.position is None or not self.position.biases:
-            return None
-        return PositionBias(self.position, q, q_positions, k_positions)

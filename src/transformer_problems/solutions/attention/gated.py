@@ -44,7 +44,7 @@ class GatedAttention(nn.Module):
         self.attention, self.out_proj = attention, out_proj
         attention.out_proj = nn.Identity()
         self.is_causal: bool = attention.is_causal  # type: ignore[assignment]
-        self.granularity = granularity
+        self.embed_dim, self.granularity = out_proj.out_features, granularity
         self.num_heads: int = attention.num_heads  # type: ignore[assignment]
         num_gates = out_proj.in_features if granularity == "element" else self.num_heads
         weight = out_proj.weight

@@ -6,7 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from transformer_problems.core.arguments import require_not_negative
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_same_batch
 
 
 @dataclass
@@ -16,6 +18,11 @@ class _Buffer:
     k: Tensor  # [B, G, capacity, D]
     v: Tensor
     filled: int
+
+    def takes(self, num_tokens: int, *, behind: int) -> bool:
+        """Whether so many tokens can be written behind this end: nobody has, there is room, and PyTorch lets us."""
+        frozen = self.k.is_inference() and not torch.is_inference_mode_enabled()
+        return self.filled == behind and behind + num_tokens <= self.k.shape[2] and not frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, batch_size: int, *, lookback: int | None = None, num_sinks: int = 0) -> Self:
+        require_not_negative(batch_size=batch_size)
         return cls(batch_size, lookback, num_sinks)
 
     def __len__(self) -> int:
@@ -81,13 +89,14 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens. k, v: [B, G, n, D]."""
+        check_same_batch(k, self.batch_size)
         n = k.shape[-2]
         buffer = self._buffer
         past = () if buffer is None else (buffer.k, buffer.v)
         if any(x.requires_grad for x in (k, v, *past)):
             held = (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
             return self._with(_Buffer(*held, len(self) + n), 0, n)
-        if buffer is None or buffer.filled != self._end or buffer.k.shape[2] < self._end + n:
+        if buffer is None or not buffer.takes(n, behind=self._end):
             buffer, dropped = self._moved(k, v, len(self) + n), 0
         else:
             dropped = self._dropped

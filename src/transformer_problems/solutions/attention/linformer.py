@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, SequenceTooLongError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -62,9 +62,9 @@ class Linformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(max_seq_len=max_seq_len, projected_len=projected_len)
+        require_positive_int(max_seq_len=max_seq_len, projected_len=projected_len)
         if num_heads is not None:
-            require_positive(num_heads=num_heads)
+            require_positive_int(num_heads=num_heads)
         self.max_seq_len, self.projected_len, self.num_heads = max_seq_len, projected_len, num_heads
         shape = (projected_len, max_seq_len) if num_heads is None else (num_heads, projected_len, max_seq_len)
 

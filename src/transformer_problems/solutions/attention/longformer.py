@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.fit import check_attention_fit, check_start
+from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
@@ -22,7 +22,8 @@ class LongformerAttention(nn.Module):
     A token's softmax runs over its window and the global tokens together. A global token's runs over the whole
     sequence, with query, key and value projections of its own. Time and memory grow as N * (window + globals).
 
-    When causal, a global token sees its own past only and is seen by every later token, however far.
+    When causal, a global token sees its own past only and is seen by every later token, however far. One at place 0
+    then has a single key, so its query projection learns from later global tokens only.
 
     Args:
         embed_dim: C, the model width.
@@ -65,7 +66,11 @@ class LongformerAttention(nn.Module):
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         _check(num_heads, dilation, global_tokens)
         self.global_attention = DenseAttention()
-        check_attention_fit(self.global_attention, position, is_causal=is_causal)
+        head_dim = embed_dim // num_heads
+        check_attention_fit(
+            self.global_attention, position, num_heads=num_heads, head_dim=head_dim, is_causal=is_causal
+        )
+        self.embed_dim = embed_dim
         self.lookback = lookback_of(window_size, dilation)
         self.num_heads, self.window_size, self.dilation = num_heads, window_size, dilation
         self.global_tokens, self.position, self.is_causal = tuple(sorted(global_tokens)), position, is_causal
@@ -78,6 +83,8 @@ class LongformerAttention(nn.Module):
         self.out_proj = projection()
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        if x.shape[1] == 0:
+            return x
         places = token_positions(x.shape[1], x.device)
         positions = places if positions is None else positions
         q, k, v = (
@@ -93,13 +100,13 @@ class LongformerAttention(nn.Module):
 
     def initial_state(self, batch_size: int) -> "LongformerState":
         """The state before the first token."""
-        if not self.is_causal:
-            raise ArgumentError("is_causal must be True to stream: a token that sees the future cannot be final.")
-        check_streams(self.position)
+        check_start(batch_size, self.position, is_causal=self.is_causal)
         return LongformerState(KVCache.empty(batch_size, lookback=self.lookback), KVCache.empty(batch_size))
 
     def stream(self, x: Tensor, state: "LongformerState") -> tuple[Tensor, "LongformerState"]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        if x.shape[1] == 0:
+            return x, state
         start, stop = state.window.num_seen, state.window.num_seen + x.shape[1]
         positions = token_positions(x.shape[1], x.device, start=start)
         q, k, v = (
@@ -168,7 +175,7 @@ class LongformerAttention(nn.Module):
     ) -> Tensor:
         """`y` with its `rows` replaced by attention over all of `k`, whose last tokens are those of `x`."""
         places = rows + k.shape[-2] - x.shape[1]
-        mask = None if key_mask is None else key_mask[:, None, None, :]
+        mask = mask_of_keys(key_mask, x)
         if self.is_causal:
             causal = token_positions(k.shape[-2], x.device) <= places[:, None]
             mask = causal if mask is None else mask & causal

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import token_positions
 
@@ -46,7 +46,7 @@ class PagePool:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_positive(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        require_positive_int(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
         self.num_pages, self.page_size = num_pages, page_size
         self.keys = torch.empty(num_pages, num_kv_heads, page_size, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)

@@ -8,8 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.scores import causal_mask, key_mask_of
 
@@ -100,9 +101,9 @@ class Performer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(head_dim=head_dim, chunk_size=chunk_size)
+        require_positive_int(head_dim=head_dim, chunk_size=chunk_size)
         num_features = max(1, round(head_dim * math.log(head_dim))) if num_features is None else num_features
-        require_positive(num_features=num_features)
+        require_positive_int(num_features=num_features)
         self.head_dim, self.num_features, self.chunk_size = head_dim, num_features, chunk_size
         directions = orthogonal_directions(num_features, head_dim, seed=seed)
         self.register_buffer("directions", directions.to(device=device, dtype=dtype))
@@ -137,6 +138,8 @@ class Performer(nn.Module):
 
     def stream(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, PerformerState]:
         """The next n tokens, q: [B, H, n, D] -> [B, H, n, D], and the state after them."""
+        if state.sums is not None:
+            check_same_batch(q, len(state.sums))
         return self._attend(q, k, v, state, None, is_causal=True)
 
     def extra_repr(self) -> str:

@@ -6,8 +6,9 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import token_positions
 
 Bits = Literal[8, 4]
@@ -106,7 +107,7 @@ class QuantizedKVCache:
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):
             raise ArgumentError(f"bits must be 8 or 4; got {self.bits}. Choose 8 for nearly exact attention.")
-        require_positive(batch_size=self.batch_size, group_size=self.group_size)
+        require_positive_int(batch_size=self.batch_size, group_size=self.group_size)
         if self.num_recent < 0:
             raise ArgumentError(f"num_recent must not be negative; got {self.num_recent}. Choose 0 or more.")
 
@@ -151,6 +152,7 @@ class QuantizedKVCache:
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens, not rounded yet. k, v: [B, G, n, D]."""
+        check_same_batch(k, self.batch_size)
         if k.requires_grad or v.requires_grad:
             raise ArgumentError("k and v must not need gradients, which rounding cuts. Use torch.no_grad().")
         if self.bits == 4 and (k.shape[-1] % 2 or v.shape[-1] % 2):

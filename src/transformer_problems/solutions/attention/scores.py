@@ -35,16 +35,19 @@ def key_mask_of(mask: Tensor, op_name: str) -> Tensor:
     return mask.squeeze(-2).squeeze(-2) if mask.dim() > 2 else mask.squeeze(-2)
 
 
-def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the last dimension in float32 or wider, zero where `allowed` is False.
+def masked_softmax(scores: Tensor, allowed: Tensor | None, *, empty_rows: bool = True) -> Tensor:
+    """Softmax over the last dimension in float32 or wider, zero where `allowed` is False. Overwrites `scores`.
 
-    A row without a single allowed key gives zeros instead of NaN.
+    A row without a single allowed key gives zeros instead of NaN. Where the caller knows that there is none,
+    `empty_rows=False` saves the passes over the scores that this takes.
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if allowed is None:
         return scores.softmax(dim=-1)
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    top = scores.amax(dim=-1, keepdim=True).detach()
-    weights = (scores - top.masked_fill(top == float("-inf"), 0.0)).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / total.masked_fill(total == 0.0, 1.0)
+    empty = ~allowed.any(dim=-1, keepdim=True) if empty_rows else None
+    with torch.no_grad():  # a weight of zero passes no gradient back, so the fills need no backward pass of their own
+        scores.masked_fill_(~allowed, float("-inf"))
+        if empty is not None:
+            scores.masked_fill_(empty, 0.0)
+    weights = scores.softmax(dim=-1)
+    return weights if empty is None else weights.masked_fill(empty, 0.0)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.fit import check_attention_fit, check_start
+from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import (
     AttentionOp,
     CacheFactory,
@@ -68,8 +68,9 @@ class SelfAttention(nn.Module):
         self.op: AttentionOp = FlashAttention() if op is None else op
         self.position = position
         self.is_causal = is_causal
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
-        check_attention_fit(self.op, position, is_causal=is_causal)
+        self.embed_dim, self.head_dim = embed_dim, embed_dim // num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=is_causal)
         if cache is not None and isinstance(self.op, StreamingOp):
             raise CombinationError(
                 f"{type(self.op).__name__} keeps a state of its own and would never use a cache. Pass cache=None."
@@ -82,11 +83,14 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        self._check_input(x)
+        mask = mask_of_keys(key_mask, x)
+        if x.shape[1] == 0:
+            return x
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
         q, k, v = self._project(x)
         q_rotated, k_rotated = rotate(self.position, q, k, positions, positions)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
         y = self.op(
             q_rotated,
             k_rotated,
@@ -100,9 +104,7 @@ class SelfAttention(nn.Module):
 
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token: an empty cache, or the op's own."""
-        if not self.is_causal:
-            raise ArgumentError("is_causal must be True to stream: a token that sees the future cannot be final.")
-        check_streams(self.position)
+        check_start(batch_size, self.position, is_causal=self.is_causal)
         if isinstance(self.op, StreamingOp):
             return self.op.initial_state(batch_size)
         if self.cache is not None:
@@ -113,6 +115,11 @@ class SelfAttention(nn.Module):
 
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        self._check_input(x)
+        if state is None:
+            raise ArgumentError("state must come from initial_state or an earlier stream; got None.")
+        if x.shape[1] == 0:
+            return x, state
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)
         q, k, v = self._project(x)
         q_rotated, k_rotated = rotate(self.position, q, k, positions, positions)
@@ -127,6 +134,10 @@ class SelfAttention(nn.Module):
     def extra_repr(self) -> str:
         kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
         return f"num_heads={self.num_heads}{kv}, is_causal={self.is_causal}"
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ArgumentError(f"x must be [B, N, {self.embed_dim}]; got {list(x.shape)}.")
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""

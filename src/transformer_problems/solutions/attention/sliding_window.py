@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.scores import key_mask_of
@@ -43,6 +43,7 @@ class SlidingWindow(nn.Module):
         super().__init__()
         self.window_size, self.dilation = window_size, dilation
         self.lookback = lookback_of(window_size, dilation)
+        self.num_heads = None if isinstance(dilation, int) else len(dilation)
 
     def forward(
         self,
@@ -66,7 +67,7 @@ class SlidingWindow(nn.Module):
 def lookback_of(window_size: int, dilation: int | tuple[int, ...]) -> int:
     """Tokens before its own that a query can see; raises ArgumentError unless every size is positive."""
     dilations = (dilation,) if isinstance(dilation, int) else dilation
-    require_positive(window_size=window_size)
+    require_positive_int(window_size=window_size)
     if not dilations or min(dilations) < 1:
         raise ArgumentError(f"dilation must be positive, or one positive number for each head; got {dilation}.")
     return window_size * max(dilations)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.scores import key_mask_of, masked_softmax, match_heads
@@ -50,7 +50,7 @@ class SparseAttention(nn.Module):
 
     def __init__(self, stride: int, *, pattern: Pattern = "strided", num_summary: int | None = None) -> None:
         super().__init__()
-        require_positive(stride=stride)
+        require_positive_int(stride=stride)
         if pattern not in get_args(Pattern):
             raise UnknownNameError("pattern", pattern, get_args(Pattern))
         if pattern == "strided" and num_summary is not None:

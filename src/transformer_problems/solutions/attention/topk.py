@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.query_blocks import query_blocks
 from transformer_problems.solutions.attention.scores import masked_softmax
@@ -30,7 +30,7 @@ class TopKAttention(nn.Module):
 
     def __init__(self, num_keys: int, *, block_size: int = 256) -> None:
         super().__init__()
-        require_positive(num_keys=num_keys, block_size=block_size)
+        require_positive_int(num_keys=num_keys, block_size=block_size)
         self.num_keys, self.block_size = num_keys, block_size
 
     def forward(

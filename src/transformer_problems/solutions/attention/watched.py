@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.core.token_slots import Attended
@@ -33,7 +33,7 @@ class WatchedAttention(nn.Module):
 
     def __init__(self, *, block_size: int = 256) -> None:
         super().__init__()
-        require_positive(block_size=block_size)
+        require_positive_int(block_size=block_size)
         self.block_size = block_size
         self._watcher: _Watcher | None = None
 

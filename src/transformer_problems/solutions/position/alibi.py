@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionEncoding
 
 
@@ -29,7 +29,7 @@ class ALiBi(PositionEncoding):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        require_positive(num_heads=num_heads)
+        require_positive_int(num_heads=num_heads)
         self.num_heads = num_heads
 
     def bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import SequenceTooLongError, UnknownNameError
 from transformer_problems.core.slots import PositionEncoding
 
@@ -45,10 +45,10 @@ class LearnedPositions(PositionEncoding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(max_seq_len=max_seq_len, embed_dim=embed_dim)
+        require_positive_int(max_seq_len=max_seq_len, embed_dim=embed_dim)
         if beyond not in get_args(Beyond):
             raise UnknownNameError("rule beyond max_seq_len", beyond, get_args(Beyond))
-        self.max_seq_len, self.beyond = max_seq_len, beyond
+        self.max_seq_len, self.embed_dim, self.beyond = max_seq_len, embed_dim, beyond
         self.weight = nn.Parameter(torch.empty(max_seq_len, embed_dim, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -60,8 +60,7 @@ class LearnedPositions(PositionEncoding):
         return x + nn.functional.embedding(positions, self.weight)
 
     def extra_repr(self) -> str:
-        max_seq_len, embed_dim = self.weight.shape
-        return f"max_seq_len={max_seq_len}, embed_dim={embed_dim}, beyond={self.beyond!r}"
+        return f"max_seq_len={self.max_seq_len}, embed_dim={self.embed_dim}, beyond={self.beyond!r}"
 
     def _check(self, positions: Tensor) -> None:
         first, last = (int(end) for end in positions.aminmax())

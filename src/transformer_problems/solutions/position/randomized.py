@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import SequenceTooLongError
 from transformer_problems.core.seeding import generator
 
@@ -35,7 +35,7 @@ class RandomizedPositions(nn.Module):
 
     def __init__(self, max_position: int, *, seed: int = 0) -> None:
         super().__init__()
-        require_positive(max_position=max_position)
+        require_positive_int(max_position=max_position)
         self.max_position, self.seed = max_position, seed
         self._generator = generator(seed, "randomized positions")
 

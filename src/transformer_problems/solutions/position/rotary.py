@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple_of, require_positive
 from transformer_problems.core.slots import PositionEncoding
 
 
@@ -29,7 +29,7 @@ class RotaryEmbedding(PositionEncoding):
 
     def __init__(self, head_dim: int, *, base: float = 10_000.0) -> None:
         super().__init__()
-        require_multiple("head_dim", head_dim, "pair size", 2)
+        require_multiple_of("head_dim", head_dim, 2, "a pair of features")
         require_positive(base=base)
         self.head_dim, self.base = head_dim, base
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple_of, require_positive, require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.slots import PositionEncoding
 from transformer_problems.solutions.position.rotary import inverse_frequencies, turn
@@ -63,8 +63,9 @@ class ScaledRotaryEmbedding(PositionEncoding):
         attention_factor: float | None = None,
     ) -> None:
         super().__init__()
-        require_multiple("head_dim", head_dim, "pair size", 2)
-        require_positive(trained_length=trained_length, beta_slow=beta_slow)
+        require_multiple_of("head_dim", head_dim, 2, "a pair of features")
+        require_positive_int(trained_length=trained_length)
+        require_positive(beta_slow=beta_slow)
         if method not in get_args(Method):
             raise UnknownNameError("rotary scaling method", method, get_args(Method))
         _require_more("head_dim", head_dim, "2, the size of one pair", 2)

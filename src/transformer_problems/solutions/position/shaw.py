@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionEncoding
 
 
@@ -38,8 +38,8 @@ class ShawRelative(PositionEncoding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(head_dim=head_dim, max_distance=max_distance)
-        self.max_distance = max_distance
+        require_positive_int(head_dim=head_dim, max_distance=max_distance)
+        self.head_dim, self.max_distance = head_dim, max_distance
         self.weight = nn.Parameter(torch.empty(2 * max_distance + 1, head_dim, device=device, dtype=dtype))
         nn.init.xavier_uniform_(self.weight)
 
@@ -52,4 +52,4 @@ class ShawRelative(PositionEncoding):
         return bias
 
     def extra_repr(self) -> str:
-        return f"head_dim={self.weight.shape[1]}, max_distance={self.max_distance}"
+        return f"head_dim={self.head_dim}, max_distance={self.max_distance}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple_of, require_positive
 from transformer_problems.core.slots import PositionEncoding
 from transformer_problems.solutions.position.rotary import inverse_frequencies
 
@@ -31,7 +31,7 @@ class SinusoidalEncoding(PositionEncoding):
 
     def __init__(self, embed_dim: int, *, base: float = 10_000.0, amplitude: float = 1.0) -> None:
         super().__init__()
-        require_multiple("embed_dim", embed_dim, "pair size", 2)
+        require_multiple_of("embed_dim", embed_dim, 2, "a pair of features")
         require_positive(base=base, amplitude=amplitude)
         self.embed_dim, self.base, self.amplitude = embed_dim, base, amplitude
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple_of, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionEncoding
 
@@ -48,9 +48,10 @@ class T5RelativeBias(PositionEncoding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(num_heads=num_heads)
-        require_multiple("num_buckets", num_buckets, "the halves it is split into", 2 if is_causal else 4)
-        self.num_buckets, self.max_distance, self.is_causal = num_buckets, max_distance, is_causal
+        require_positive_int(num_heads=num_heads)
+        require_multiple_of("num_buckets", num_buckets, 2 if is_causal else 4, "for they are split in halves")
+        self.num_heads, self.num_buckets = num_heads, num_buckets
+        self.max_distance, self.is_causal = max_distance, is_causal
         if max_distance <= self._num_exact:
             raise ArgumentError(
                 f"max_distance must exceed the {self._num_exact} distances with a bucket of their own; "
@@ -65,7 +66,7 @@ class T5RelativeBias(PositionEncoding):
 
     def extra_repr(self) -> str:
         return (
-            f"num_heads={self.weight.shape[1]}, num_buckets={self.num_buckets}, max_distance={self.max_distance}, "
+            f"num_heads={self.num_heads}, num_buckets={self.num_buckets}, max_distance={self.max_distance}, "
             f"is_causal={self.is_causal}"
         )
 

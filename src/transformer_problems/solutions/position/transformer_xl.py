@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_multiple_of, require_positive
 from transformer_problems.core.slots import PositionEncoding
 from transformer_problems.solutions.position.rotary import inverse_frequencies
 
@@ -43,12 +43,12 @@ class TransformerXLRelative(PositionEncoding):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_multiple("embed_dim", embed_dim, "pair size", 2)
+        require_multiple_of("embed_dim", embed_dim, 2, "a pair of features")
         require_positive(base=base)
         self.embed_dim, self.num_heads, self.base = embed_dim, num_heads, base
-        head_dim = embed_dim // num_heads
-        self.content_bias = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))  # u
-        self.position_bias = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))  # v
+        self.head_dim = embed_dim // num_heads
+        self.content_bias = nn.Parameter(torch.empty(num_heads, self.head_dim, device=device, dtype=dtype))  # u
+        self.position_bias = nn.Parameter(torch.empty(num_heads, self.head_dim, device=device, dtype=dtype))  # v
         self.r_proj = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)  # W
         nn.init.normal_(self.content_bias, std=0.02)
         nn.init.normal_(self.position_bias, std=0.02)

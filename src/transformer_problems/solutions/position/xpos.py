@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple_of, require_positive
 from transformer_problems.core.errors import SequenceTooLongError
 from transformer_problems.core.slots import PositionEncoding
 from transformer_problems.solutions.position.rotary import inverse_frequencies, turn
@@ -49,7 +49,7 @@ class XPos(PositionEncoding):
         self, head_dim: int, *, scale_base: float = 512.0, centre: float = 0.0, base: float = 10_000.0
     ) -> None:
         super().__init__()
-        require_multiple("head_dim", head_dim, "pair size", 2)
+        require_multiple_of("head_dim", head_dim, 2, "a pair of features")
         require_positive(scale_base=scale_base, base=base)
         self.head_dim, self.scale_base, self.centre, self.base = head_dim, scale_base, centre, base
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_same_batch, check_start
 
 # Forms of `delta_rule` that give the same numbers: one step after another, or whole chunks by matrix products.
 Form = Literal["chunked", "recurrent"]
@@ -82,7 +83,8 @@ class DeltaRule(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_positive(chunk_size=chunk_size, conv_size=conv_size)
+        require_positive_int(chunk_size=chunk_size, conv_size=conv_size)
+        self.embed_dim = embed_dim
         self.num_heads, self.chunk_size, self.gated, self.conv_size = num_heads, chunk_size, gated, conv_size
         head_dim = embed_dim // num_heads
         self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=False, device=device, dtype=dtype)
@@ -101,6 +103,7 @@ class DeltaRule(nn.Module):
 
     def initial_state(self, batch_size: int) -> DeltaState:
         """The state before the first token: an empty memory."""
+        check_start(batch_size)
         weight = self.qkv_proj.weight
         width, head_dim = weight.shape[0], self.norm.weight.shape[0]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -111,6 +114,7 @@ class DeltaRule(nn.Module):
 
     def stream(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_same_batch(x, len(state.memory))
         return self._mix(x, state, None, "recurrent" if x.shape[1] == 1 else "chunked")
 
     def extra_repr(self) -> str:
@@ -119,6 +123,8 @@ class DeltaRule(nn.Module):
         )
 
     def _mix(self, x: Tensor, state: DeltaState, key_mask: Tensor | None, form: Form) -> tuple[Tensor, DeltaState]:
+        if x.shape[1] == 0:
+            return x, state
         projected = self.qkv_proj(x)
         beta = self.beta_proj(x).sigmoid()
         gate = None if self.gate_proj is None else F.logsigmoid(self.gate_proj(x))
@@ -180,7 +186,7 @@ def delta_rule(
         Differs from the papers: a chunk's effect on the memory, S -> A S + B, is formed for all chunks at once,
         so that the sequential part is a single product.
     """
-    require_positive(chunk_size=chunk_size)
+    require_positive_int(chunk_size=chunk_size)
     if form not in ("chunked", "recurrent"):
         raise ArgumentError(f"form must be 'chunked' or 'recurrent'; got {form!r}.")
     dtype = torch.promote_types(q.dtype, torch.float32)

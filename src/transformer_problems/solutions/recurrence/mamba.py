@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.solutions.recurrence.selective_scan import Backend, selective_scan
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-3, 1e-1  # of the untrained layer, section 3.6 of the paper
@@ -88,10 +88,11 @@ class Mamba(nn.Module):
     ) -> None:
         super().__init__()
         dt_rank = math.ceil(embed_dim / 16) if dt_rank is None else dt_rank
-        require_positive(
+        require_positive_int(
             embed_dim=embed_dim, state_dim=state_dim, expansion=expansion, conv_width=conv_width, dt_rank=dt_rank
         )
         inner_dim = expansion * embed_dim
+        self.embed_dim = embed_dim
         self.state_dim, self.conv_width, self.dt_rank, self.backend = state_dim, conv_width, dt_rank, backend
         self.in_proj = nn.Linear(embed_dim, 2 * inner_dim, bias=False, device=device, dtype=dtype)
         self.conv1d = nn.Conv1d(inner_dim, inner_dim, conv_width, groups=inner_dim, device=device, dtype=dtype)
@@ -120,14 +121,14 @@ class Mamba(nn.Module):
 
     def initial_state(self, batch_size: int) -> MambaState:
         """The state before the first token: zeros."""
+        check_start(batch_size)
         conv = self.conv1d.weight.new_zeros(batch_size, self.conv_width - 1, self.D.shape[0])
         ssm = self.A_log.new_zeros(batch_size, *self.A_log.shape, dtype=_sum_dtype(self.A_log))
         return MambaState(conv, ssm)
 
     def stream(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
-        if len(x) != len(state.ssm):
-            raise ArgumentError(f"x must have the state's batch size, {len(state.ssm)}; got {len(x)}.")
+        check_same_batch(x, len(state.ssm))
         return self._run(x, state, None)
 
     def extra_repr(self) -> str:

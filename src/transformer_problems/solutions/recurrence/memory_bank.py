@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
-from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_attention_fit, check_streams
+from transformer_problems.core.arguments import require_multiple, require_not_negative, require_positive_int
+from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
 from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -98,13 +97,12 @@ class MemoryBankAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_positive(segment_len=segment_len)
-        for name, value in {"left_context": left_context, "num_memories": num_memories}.items():
-            if value < 0:
-                raise ArgumentError(f"{name} must not be negative; got {value}. Use 0 for none.")
+        require_positive_int(segment_len=segment_len)
+        require_not_negative(left_context=left_context, num_memories=num_memories)
         self.op = DenseAttention() if op is None else op
         self.position = position
-        check_attention_fit(self.op, position, is_causal=True)
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=embed_dim // num_heads, is_causal=True)
+        self.embed_dim = embed_dim
         self.num_heads, self.segment_len = num_heads, segment_len
         self.left_context, self.num_memories = left_context, num_memories
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -114,6 +112,8 @@ class MemoryBankAttention(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         num_tokens = x.shape[1]
+        if num_tokens == 0:
+            return x
         if positions is None:
             positions = token_positions(num_tokens, x.device)
         size = min(self.segment_len, num_tokens)
@@ -154,7 +154,7 @@ class MemoryBankAttention(nn.Module):
 
     def initial_state(self, batch_size: int) -> MemoryBank:
         """The state before the first token: nothing to read."""
-        check_streams(self.position)
+        check_start(batch_size, self.position)
         weight = self.q_proj.weight
         shape = (batch_size, self.num_heads, 0, weight.shape[0] // self.num_heads)
         none = weight.new_empty(shape)
@@ -163,6 +163,9 @@ class MemoryBankAttention(nn.Module):
 
     def stream(self, x: Tensor, state: MemoryBank) -> tuple[Tensor, MemoryBank]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_same_batch(x, len(state.tokens[0]))
+        if x.shape[1] == 0:
+            return x, state
         first = self.segment_len - state.num_seen % self.segment_len  # tokens that the current segment still lacks
         outputs = []
         for piece in x.tensor_split(list(range(first, x.shape[1], self.segment_len)), dim=1):

@@ -6,9 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive
-from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_attention_fit, check_streams
+from transformer_problems.core.arguments import require_multiple, require_not_negative, require_positive_int
+from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
 from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -82,12 +81,12 @@ class TransformerXL(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_positive(segment_len=segment_len)
-        if memory_len < 0:
-            raise ArgumentError(f"memory_len must not be negative; got {memory_len}. Use 0 for no memory.")
+        require_positive_int(segment_len=segment_len)
+        require_not_negative(memory_len=memory_len)
         self.op = DenseAttention() if op is None else op
         self.position = position
-        check_attention_fit(self.op, position, is_causal=True)
+        check_attention_fit(self.op, position, num_heads=num_heads, head_dim=embed_dim // num_heads, is_causal=True)
+        self.embed_dim = embed_dim
         self.num_heads, self.segment_len, self.memory_len = num_heads, segment_len, memory_len
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -96,6 +95,8 @@ class TransformerXL(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         num_tokens = x.shape[1]
+        if num_tokens == 0:
+            return x
         if positions is None:
             positions = token_positions(num_tokens, x.device)
         rows, columns = self._blocks(num_tokens, x.device)
@@ -114,12 +115,15 @@ class TransformerXL(nn.Module):
 
     def initial_state(self, batch_size: int) -> SegmentMemory:
         """The state before the first token: nothing to read."""
-        check_streams(self.position)
+        check_start(batch_size, self.position)
         weight = self.q_proj.weight
         return SegmentMemory(weight.new_empty(batch_size, 0, weight.shape[1]))
 
     def stream(self, x: Tensor, state: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_same_batch(x, len(state.inputs))
+        if x.shape[1] == 0:
+            return x, state
         first = self.segment_len - state.num_seen % self.segment_len  # tokens that the current segment still lacks
         outputs = []
         for piece in x.tensor_split(list(range(first, x.shape[1], self.segment_len)), dim=1):

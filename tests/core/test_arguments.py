@@ -1,0 +1,56 @@
+"""Rules that constructors share: what they let pass, and messages that name rule, value and remedy."""
+
+import re
+
+import pytest
+
+from transformer_problems.core.arguments import (
+    require_multiple,
+    require_multiple_of,
+    require_not_negative,
+    require_positive,
+    require_positive_int,
+)
+from transformer_problems.core.errors import ArgumentError
+
+
+def test_good_values_pass() -> None:
+    require_positive(base=0.5, size=3)
+    require_positive_int(size=1)
+    require_not_negative(size=0)
+    require_multiple("embed_dim", 12, "num_heads", 4)
+    require_multiple_of("head_dim", 16, 2, "a pair of features")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: require_positive(base=0.0), "base must be positive; got 0.0."),
+        (lambda: require_positive(base=float("nan")), "base must be positive; got nan."),
+        (lambda: require_positive(base="1"), "base must be a positive number; got '1'."),
+        (lambda: require_positive_int(size=0), "size must be positive; got 0."),
+        (lambda: require_positive_int(size=2.5), "size must be a positive whole number; got 2.5."),
+        (lambda: require_positive_int(size=None), "size must be a positive whole number; got None."),
+        (lambda: require_not_negative(size=-1), "size must not be negative; got -1. Use 0 for none."),
+        (lambda: require_not_negative(size="2"), "size must be a whole number; got '2'."),
+        (
+            lambda: require_multiple("embed_dim", 12, "num_heads", 5),
+            "embed_dim must be a multiple of num_heads; got 12 and 5. Choose num_heads from 1, 2, 3, 4, 6, 12.",
+        ),
+        (
+            lambda: require_multiple("embed_dim", 12, "num_heads", "4"),
+            "num_heads must be a positive whole number; got '4'.",
+        ),
+        (
+            lambda: require_multiple_of("head_dim", 15, 2, "a pair of features"),
+            "head_dim must be a multiple of 2, a pair of features; got 15. Choose 14 or 16.",
+        ),
+        (
+            lambda: require_multiple_of("head_dim", 1, 2, "a pair of features"),
+            "head_dim must be a multiple of 2, a pair of features; got 1. Choose 2.",
+        ),
+    ],
+)
+def test_bad_values_are_named_with_the_remedy(call, message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
+        call()
