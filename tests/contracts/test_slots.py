@@ -17,13 +17,18 @@ from transformer_problems import (
     EntmaxAttention,
     FlashAttention,
     GatedAttention,
+    KNNMemoryAttention,
     LearnedPositions,
     Linformer,
     LongformerAttention,
     Mamba,
     MemoryBankAttention,
+    MemoryEfficientAttention,
     PackedAttention,
+    PagedKVCache,
+    PagePool,
     Performer,
+    QuantizedKVCache,
     RandomizedPositions,
     RetroactiveAttention,
     RotaryEmbedding,
@@ -57,6 +62,7 @@ OPS = {
     "performer": lambda: Performer(HEAD_DIM, num_features=16),
     "sinks": lambda: AttentionSinks(5, num_sinks=2),
     "top_k": lambda: TopKAttention(64, block_size=16),
+    "memory_efficient": lambda: MemoryEfficientAttention(query_chunk=16, key_chunk=32),
     "entmax": lambda: EntmaxAttention(1.5),
     "linformer": lambda: Linformer(101, 16, dtype=torch.float64),
 }
@@ -79,7 +85,7 @@ POSITIONS = {
 }
 
 MIXERS = {
-    "longformer_causal": lambda: LongformerAttention(WIDTH, HEADS, window_size=5, is_causal=True),
+    "longformer_causal": lambda: LongformerAttention(WIDTH, HEADS, window_size=5, global_tokens=(0, 9), is_causal=True),
     "longformer": lambda: LongformerAttention(WIDTH, HEADS, window_size=5),
     "transformer_xl": lambda: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5),
     "mamba": lambda: Mamba(WIDTH, state_dim=4),
@@ -88,22 +94,47 @@ MIXERS = {
     "memory_bank": lambda: MemoryBankAttention(WIDTH, HEADS, segment_len=8, left_context=5, num_memories=3),
     "chunked_causal": lambda: ChunkedAttention(WIDTH, HEADS, chunk_size=8, left_chunks=1, look_ahead=False),
     "continual": lambda: ContinualAttention(WIDTH, HEADS, window_len=9),
+    "nearest_neighbors": lambda: KNNMemoryAttention(WIDTH, HEADS, segment_len=8, memory_len=12, num_neighbors=12),
     "gated": lambda: GatedAttention(SelfAttention(WIDTH, HEADS, position=RotaryEmbedding(HEAD_DIM))),
     "gated_by_head": lambda: GatedAttention(SelfAttention(WIDTH, HEADS), granularity="head"),
     "differential": lambda: DifferentialAttention(WIDTH, HEADS),
     "grouped": lambda: SelfAttention(WIDTH, HEADS, num_kv_heads=2),
     "encoder": lambda: SelfAttention(WIDTH, HEADS, is_causal=False),
 }
+POSITIONED = {
+    "transformer_xl": lambda position: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5, position=position),
+    "chunked": lambda position: ChunkedAttention(
+        WIDTH, HEADS, chunk_size=8, left_chunks=1, look_ahead=False, position=position
+    ),
+    "memory_bank": lambda position: MemoryBankAttention(
+        WIDTH, HEADS, segment_len=8, left_context=5, num_memories=3, position=position
+    ),
+    "continual": lambda position: ContinualAttention(WIDTH, HEADS, window_len=9, position=position),
+    "differential": lambda position: DifferentialAttention(2 * WIDTH, HEADS, position=position),
+    "nearest_neighbors": lambda position: KNNMemoryAttention(
+        WIDTH, HEADS, segment_len=8, memory_len=12, num_neighbors=12, position=position
+    ),
+}
+WIDTHS = {"differential": 2 * WIDTH}  # it halves its heads, and positions are told their width
+POOL = PagePool(1000, page_size=8, num_kv_heads=2, head_dim=HEAD_DIM, dtype=torch.float64)
+CACHES = {  # and the relative error that a stream may have: half a step of the range of a head's numbers
+    "plain": (None, 1e-9),
+    "paged": (lambda batch_size: PagedKVCache.empty(batch_size, pool=POOL), 1e-9),
+    "int8": (lambda batch_size: QuantizedKVCache.empty(batch_size, bits=8, group_size=8, num_recent=8), 0.02),
+    "int4": (lambda batch_size: QuantizedKVCache.empty(batch_size, bits=4, group_size=8, num_recent=8), 0.3),
+}
 SAMPLED = {
     *(type(make()).__name__ for make in (*OPS.values(), *POSITIONS.values(), *MIXERS.values())),
     RandomizedPositions.__name__,  # chooses positions for a model; it fills no slot
     PackedAttention.__name__,  # keeps the op's contract within each sequence only; tested with its packing
+    *("QuantizedKVCache", "PagedKVCache"),  # sampled as caches of a layer, below
+    *("RetrievalAugmented", "VectorIndex", "BM25Index"),  # memories of text, which no layer holds
     RetroactiveAttention.__name__,  # revises outputs that were given, which no slot allows
 }
 
 
 def test_every_catalogue_entry_of_these_roles_is_sampled() -> None:
-    roles = {"attention", "position", "recurrence"}
+    roles = {"attention", "position", "recurrence", "memory"}
     listed = {c.rpartition(":")[2] for s in load_catalogue().solutions if s.role in roles for c in s.code}
     assert listed <= SAMPLED, f"no sample for {listed - SAMPLED}"
 
@@ -121,7 +152,7 @@ def test_position_encoding(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixer(name: str) -> None:
-    check_mixer(MIXERS[name](), embed_dim=WIDTH)
+    check_mixer(MIXERS[name], embed_dim=WIDTH)
 
 
 @pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])
@@ -141,8 +172,23 @@ def test_every_op_with_every_position(op: str, position: str) -> None:
 
 
 @pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])
-def test_transformer_xl_with_every_position(position: str) -> None:
+@pytest.mark.parametrize("mixer", POSITIONED)
+def test_every_mixer_with_every_position(mixer: str, position: str) -> None:
+    """Each pair streams exactly where the position can be streamed, or is refused when it is built."""
     built = POSITIONS[position]()
-    report = check_mixer(TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5, position=built), embed_dim=WIDTH)
+    report = check_mixer(POSITIONED[mixer](built), embed_dim=WIDTHS.get(mixer, WIDTH))
     streamed = next(check for check in report.checks if check.name == "streamed equals whole")
     assert (streamed.outcome == "holds") == built.streams
+
+
+@pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_cache_with_every_position(cache: str, position: str) -> None:
+    """Grouped heads, a full window and a short one; a cache that rounds does so within its stated error."""
+    make, tolerance = CACHES[cache]
+    for op in (DenseAttention(), SlidingWindow(5), AttentionSinks(5, num_sinks=2)):
+        built = POSITIONS[position]()
+        mixer = SelfAttention(WIDTH, HEADS, num_kv_heads=2, op=op, position=built, cache=make)
+        report = check_mixer(mixer, embed_dim=WIDTH, stream_tolerance=tolerance)
+        streamed = next(check for check in report.checks if check.name == "streamed equals whole")
+        assert (streamed.outcome == "holds") == built.streams
