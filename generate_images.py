@@ -46,15 +46,15 @@ def main() -> None:
 
 def take_over(source: Path, catalogue: Catalogue) -> None:
     """Copy the standard-scale results of a measured folder into `results/`."""
-    with Store.open(source / "results.sqlite") as store:
+    with Store.open(source / "results.sqlite", read_only=True) as store:
         for problem in catalogue.problems:
-            records = store.measurements(problem.number, "standard")
-            if records and has_experiment(problem):
-                failures = {
-                    c: r for c, r in store.failures().items() if (c.problem, c.scale) == (problem.number, "standard")
-                }
-                environment = store.environments(problem.number, "standard")[-1]
-                Archive(problem.number, "standard", environment, tuple(records), failures).save(RESULTS, problem.folder)
+            environments = store.environments(problem.number, "standard")
+            if environments and has_experiment(problem):
+                newest = {environments[-1].revision}  # numbers made by other code are never mixed in
+                records = store.measurements(problem.number, "standard", fingerprints=newest)
+                failures = store.failures(problem.number, "standard", fingerprints=newest)
+                archive = Archive(problem.number, "standard", environments[-1], tuple(records), failures)
+                archive.save(RESULTS, problem.folder)
 
 
 def committed_summaries(catalogue: Catalogue) -> dict[int, ProblemSummary]:

@@ -37,16 +37,18 @@ def refused(*arguments: str | Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose measurement of problem 02 was stopped by Ctrl-C, gone on with, and killed."""
+    """A folder whose measurement of problem 02 was stopped by Ctrl-C, by a request to end, and killed."""
     out = tmp_path_factory.mktemp("measured") / "report"
-    process = measuring_until(out, num_cells=1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].startswith("stopped; every finished cell is kept")
-    assert "Traceback" not in errors
-    kept = finished_cells(out)
-    assert kept >= 1
+    kept = 0
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        process = measuring_until(out, num_cells=kept + 1)
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors.strip().splitlines()[-1].startswith("stopped; every finished cell is kept")
+        assert "Traceback" not in errors
+        assert finished_cells(out) > kept
+        kept = finished_cells(out)
     process = measuring_until(out, num_cells=kept + 1)
     process.kill()
     process.communicate(timeout=60)
@@ -126,7 +128,8 @@ def test_measure_leaves_what_it_promises(measured: Path) -> None:
 
 def test_measuring_again_finds_everything_done(measured: Path) -> None:
     done = run("measure", "02", "--out", measured, "--device", "cpu")
-    assert "8 of 8 cells are finished already" in done.stdout
+    assert "all 8 cells are finished already" in done.stdout
+    assert "going on" not in done.stdout
     assert "seed 0" not in done.stderr  # no cell ran
     assert done.returncode == 0
 
@@ -175,8 +178,8 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
 def test_no_room_for_results_is_one_line(tmp_path: Path, room: int) -> None:
     """A limit on the size of files stands for a full disk: writing beyond it fails in the same way."""
     line = refused("measure", "02", "--out", tmp_path / "report", preexec_fn=limit_files_to(room))
-    assert "cannot write results to" in line
-    assert "Choose another --out" in line
+    assert "cannot read or write results in" in line
+    assert "Use another folder" in line
 
 
 def test_no_room_for_pictures_loses_no_result(measured: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from transformer_problems.catalogue import load_catalogue
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Cell, Interval, Measurement
 from transformer_problems.core.summaries import Arm
 from transformer_problems.lab.effects import Effect, common_x, describe_effect, measure_effect
@@ -86,6 +87,25 @@ def test_words_for_ratios_and_differences() -> None:
     points = Effect("accuracy", "difference", ("points less", "points more"), scale=100)
     assert describe_effect(points, Interval(0.48, 0.455, 0.5), None) == "48 (46 to 50) points more"
     assert describe_effect(points, Interval(-0.02, -0.05, 0.012), None) == "2.0 (-1.2 to 5.0) points less"
+
+
+def test_words_that_hide_the_direction_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="words must differ"):
+        Effect("step_s", "ratio", ("time a step", "time a step"))
+
+
+@pytest.mark.parametrize(
+    ("compare", "words", "interval", "text"),
+    [
+        ("ratio", ("less time a step", "more time a step"), (1.003, 0.9961, 1.04), "no change in time a step at 2x"),
+        ("ratio", ("less time", "more time"), (0.48, 0.4, 0.5), "2.1x (2.0 to 2.5) less time at 2x"),
+        ("difference", ("points less recall", "points more recall"), (0.0, 0.0, 0.0), "no change in recall at 2x"),
+        ("difference", ("less", "more"), (-0.001, -0.002, 0.004), "no change at 2x"),
+        ("difference", ("less", "more"), (0.001, -0.002, 0.02), "0.00 (0.00 to 0.02) more at 2x"),
+    ],
+)
+def test_what_did_not_change_is_said_in_words(compare, words, interval, text) -> None:
+    assert describe_effect(Effect("m", compare, words, where="at {x:.0f}x"), Interval(*interval), 2.0) == text
 
 
 def test_effects_are_paired_by_seed_and_repeat() -> None:

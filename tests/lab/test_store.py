@@ -47,7 +47,7 @@ def assert_refused(path: Path, error: type[StoreError], match: str) -> None:
     with pytest.raises(error, match=match) as caught:
         read_everything(path)
     assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value) and "Choose another --out, or move it away" in str(caught.value)
+    assert str(path) in str(caught.value) and "Use another folder, or move it away" in str(caught.value)
     assert path.read_bytes() == before
 
 
@@ -311,7 +311,7 @@ def test_a_missing_table_and_text_that_is_none_are_damage(tmp_path: Path) -> Non
 def test_a_path_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "results.sqlite", tmp_path, Path("/proc/results.sqlite")):
-        with pytest.raises(OutputError, match=r"cannot write results to .* Choose another --out") as caught:
+        with pytest.raises(OutputError, match=r"cannot read or write results in .* Use another folder") as caught:
             Store.open(path)
         assert "\n" not in str(caught.value)
 
@@ -338,6 +338,6 @@ store.finish(CELL, HERE, [SPEED], 1.0)
 store.finish(OTHER, HERE, [LOSS] * 10_000, 1.0)
 """
     result = in_process(program, tmp_path / "results.sqlite", check=False)
-    assert "OutputError: cannot write results to" in result.stderr
+    assert "OutputError: cannot read or write results in" in result.stderr
     with Store.open(tmp_path / "results.sqlite") as store:
         assert store.measurements() == [(CELL, SPEED)]

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from report_samples import around, generalization, quadratic, shelf
@@ -15,8 +16,10 @@ from report_samples import around, generalization, quadratic, shelf
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
 from transformer_problems.core.summaries import Line, Point, ProblemSummary
+from transformer_problems.report import panels
 from transformer_problems.report.colours import catalogue_colours
 from transformer_problems.report.figures import WIDTH, compose, draw_problem
+from transformer_problems.report.scales import x_scale
 
 SHELF = shelf()
 HAIR = 1.0  # pixels of 1,600 by which two text boxes may touch: hinting rounds to whole pixels
@@ -120,6 +123,30 @@ def test_a_baseline_without_a_line_is_said_to_be_missing_not_replaced() -> None:
     texts = [text for text, _ in text_boxes(figure_of(replace(summary, lines=summary.lines[1:])))]
     assert "not measured" in texts
     assert summary.lines[0].arm.label not in texts
+
+
+def test_lines_that_end_at_one_place_share_one_leader_and_a_bracket() -> None:
+    ends = [Point(16.0, around(1.0)), Point(16.0, around(1.0)), Point(8.0, around(1.0)), Point(16.0, around(0.5))]
+    assert panels._at_one_place(ends, [2.0, 1.99, 2.0, 1.0]) == [[2], [0, 1], [3]]
+    summary = generalization(8)
+    together = tuple(Line(line.arm, (*line.points[:-1], Point(16.0, around(3.0)))) for line in summary.lines)
+    assert num_strokes(replace(summary, lines=together)) == num_strokes(summary) - len(together) + 2
+
+
+def num_strokes(summary: ProblemSummary) -> int:
+    """Lines on the sheet itself: leaders, brackets and the strip's, of which there are as many for equal rows."""
+    return sum(isinstance(artist, Line2D) for artist in figure_of(summary).artists + figure_of(summary).lines)
+
+
+@pytest.mark.parametrize(
+    ("xs", "ticks"), [((66, 132, 198, 264, 330, 396), (100, 200, 300, 400)), ((1, 2, 3), (1, 2, 3))]
+)
+def test_ticks_of_a_linear_axis_are_round_numbers(xs: tuple[int, ...], ticks: tuple[int, ...]) -> None:
+    summary = generalization(3)
+    lines = tuple(Line(line.arm, tuple(Point(float(x), around(2.0)) for x in xs)) for line in summary.lines)
+    shown = x_scale(replace(summary.chart, x_log=False), lines, 3.0, 8.0).ticks
+    assert set(ticks) <= set(shown)
+    assert all(tick * 2 == round(tick * 2) for tick in shown)
 
 
 def test_nothing_to_draw_is_refused() -> None:

@@ -4,16 +4,18 @@ import math
 
 import pytest
 
-from transformer_problems.core.records import Interval
-from transformer_problems.core.summaries import Column
+from transformer_problems.core.records import Interval, Verdict
+from transformer_problems.core.summaries import Arm, Column, Row
 from transformer_problems.report.formatting import (
     ABSENT,
+    NOT_YET,
     format_bytes,
     format_count,
     format_estimate,
     format_interval,
     format_number,
     format_tick,
+    format_verdict,
 )
 
 
@@ -62,7 +64,15 @@ def test_bytes_and_cells() -> None:
     assert format_interval(Interval(*[2.0**30] * 3), memory) == "1 GiB"
     assert format_interval(Interval(2.0**30, 2.0**29, 2.0**31), memory) == "1 GiB (512 MiB to 2 GiB)"
     assert format_interval(None, memory) == ABSENT
+    assert format_interval(Interval(math.nan, math.nan, math.nan), memory) == "diverged"
     assert format_interval(Interval(2.62, 2.58, 2.66), Column("bits_per_byte", "bits/byte")) == "2.62 ±0.04"
+
+
+def test_verdicts_of_controls_and_of_arms_not_tried_yet() -> None:
+    treated = Arm("flash", "Flash", "flash-attention")
+    assert format_verdict(Row(treated, (), Verdict(1, "flash", "helps", None, "a reason"))) == "helps"
+    assert format_verdict(Row(treated, (), None)) == NOT_YET
+    assert format_verdict(Row(Arm("dense", "dense"), (), None)) == ABSENT
 
 
 def test_ticks_and_counts() -> None:

@@ -1,5 +1,6 @@
 """The Markdown page: a row per arm, every verdict, and planned problems that say so."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from report_samples import generalization, quadratic, shelf
@@ -33,6 +34,31 @@ def test_page_tells_finding_verdicts_criterion_notes_and_neighbours() -> None:
     assert "[02 No positional awareness →](../02_no_positional_awareness/README.md)" in page
     assert "https://arxiv.org/abs/2004.05150" in page
     assert "from transformer_problems import SelfAttention" in page
+
+
+def test_a_pair_with_a_criterion_of_its_own_shows_it() -> None:
+    own = replace(SHELF.problems[0].criterion, text="Memory falls by a tenth.")
+    pairs = tuple(replace(p, criterion=own) if p.solution.slug == "flash-attention" else p for p in SHELF.treatments)
+    page = problem_page(quadratic(), SHELF.problems[0], replace(SHELF, treatments=pairs))
+    assert page.count("- **Criterion here.** Memory falls by a tenth.") == 1
+    assert "Criterion here" not in problem_page(quadratic(), SHELF.problems[0], SHELF)
+
+
+def test_what_few_seeds_leave_out_of_the_intervals_is_said() -> None:
+    summary = quadratic()
+    for num_seeds, note in ((1, "leave out how much seeds differ"), (3, "about 89% of the time at three"), (5, "")):
+        page = problem_page(replace(summary, num_seeds=num_seeds), SHELF.problems[0], SHELF)
+        assert note in page
+        assert ("89%" in page) == (num_seeds == 3)
+
+
+def test_an_arm_not_tried_yet_is_said_to_be_so_and_not_unrunnable() -> None:
+    summary = quadratic()
+    rows = tuple(replace(r, verdict=None, gain="", cost="") if r.arm.slug == "longformer" else r for r in summary.rows)
+    page = problem_page(replace(summary, rows=rows), SHELF.problems[0], SHELF)
+    assert "### Longformer: not measured yet" in page
+    assert "not runnable" not in page
+    assert any("Longformer" in row and "| not measured yet |" in row for row in table_rows(page))
 
 
 def test_a_planned_problem_says_planned_and_shows_no_picture(tmp_path: Path) -> None:

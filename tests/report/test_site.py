@@ -9,6 +9,7 @@ import pytest
 from report_samples import generalization, quadratic, records, shelf
 
 from transformer_problems.report import write_report
+from transformer_problems.report.story import headline, leading_rows, pairs_best_first
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -94,6 +95,36 @@ def test_every_link_inside_the_site_leads_somewhere(site: Path, pages: dict[str,
 def test_numbers_link_to_the_records_they_were_made_from(pages: dict[str, Page]) -> None:
     links = pages["01_quadratic_complexity/index.html"].links
     assert links.count("records.html#flash.latency_s") == 2  # seconds, and their exponent
+
+
+def test_the_measured_table_holds_figures_and_the_words_stand_below(site: Path) -> None:
+    page = (site / "09_length_generalization" / "index.html").read_text(encoding="utf-8")
+    table, below = page.partition("<table>")[2].split("</table>")
+    said = [row for row in generalization().rows if row.gain]
+    assert any(not row.arm.lead for row in said)
+    for row in said:
+        assert row.gain not in table
+        assert row.gain in below
+    assert "What it" not in table
+
+
+def test_a_card_shows_three_solutions_and_every_one_that_does_harm(pages: dict[str, Page]) -> None:
+    told = pairs_best_first(shelf(), shelf().problems[0], leading_rows(quadratic()))
+    assert len(headline(told)) == 3
+    assert len(told) > 4
+    for word in ("hurts", "diverged"):
+        harmful = [*told[:-1], (told[-1][0], word, told[-1][2])]
+        assert headline(harmful) == [*told[:3], harmful[-1]]
+
+
+def test_the_picture_leads_to_its_full_size(pages: dict[str, Page]) -> None:
+    assert "problem.svg" in pages["01_quadratic_complexity/index.html"].links
+
+
+def test_the_index_names_every_machine(tmp_path: Path) -> None:
+    other = replace(generalization(), environment=replace(generalization().environment, processor="Another CPU"))
+    page = Page(write_report(tmp_path, shelf(), {1: quadratic(), 9: other}, {}))
+    assert any("AMD EPYC 9B45 and Another CPU" in words for words in page.words)
 
 
 def test_csv_holds_every_record_at_full_precision(site: Path) -> None:

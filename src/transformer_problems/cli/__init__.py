@@ -1,11 +1,15 @@
 """The command line: `transformer-problems list | show | measure | report | export`."""
 
+import errno
+import os
+import signal
 import sys
-from typing import cast
+from typing import NoReturn, cast
 
 from transformer_problems.core.errors import TransformerProblemsError
 
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def main() -> None:
@@ -15,12 +19,14 @@ def main() -> None:
 
     from transformer_problems.cli.app import app
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, a run ends as on Ctrl-C
     # Typer brings its own copy of click or uses the installed one, depending on its version.
     click_error = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
     try:
         code = get_command(app).main(prog_name="transformer-problems", standalone_mode=False)
+        sys.stdout.flush()  # here, where an error can still be told
     except click_error as error:
-        _fail(error.format_message())
+        _fail(error.format_message().replace("Value error, ", ""))  # newer versions of Typer quote their own checker
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except TransformerProblemsError as error:
@@ -29,14 +35,21 @@ def main() -> None:
         sys.stderr.close()  # the reader, such as `head`, has seen enough
         sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NO_ROOM:
             raise
-        _fail(f"cannot write {error.filename}: {error.strerror}. Free some space or choose another --out.")
+        _fail(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}. "
+            "Free some space, or use a place that you may write to."
+        )
     if code == _INTERRUPTED:  # raised, or returned by versions of Typer that catch it
         print("\nstopped; every finished cell is kept, and the same command goes on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # the end of the process would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     print(f"transformer-problems: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

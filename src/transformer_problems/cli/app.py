@@ -18,6 +18,13 @@ app = typer.Typer(
 )
 
 
+def _folder(name: str | Path) -> Path:
+    """A folder as an argument; an empty name, such as an unset variable gives, is not taken for the present one."""
+    if not str(name):
+        raise typer.BadParameter("the name of the folder is empty. Name one, such as report.")
+    return Path(name)
+
+
 class ScaleOption(StrEnum):
     quick = "quick"
     standard = "standard"
@@ -64,10 +71,10 @@ def list_problems(
 @app.command()
 def show(problem: Annotated[str, typer.Argument(help="Number (01) or slug (quadratic_complexity).")]) -> None:
     """Explain one problem: what goes wrong, why, how it is measured, and what each solution does."""
-    from transformer_problems.cli.tables import show_problem
+    from transformer_problems.cli.tables import named_problem, show_problem
 
     catalogue = load_catalogue()
-    show_problem(catalogue, catalogue.problem(problem))
+    show_problem(catalogue, named_problem(catalogue, problem))
 
 
 @app.command()
@@ -80,7 +87,9 @@ def measure(
     ),
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds an arm, if not the scale's own number.")] = None,
     device: Annotated[DeviceOption, typer.Option(help="auto takes a GPU where there is one.")] = DeviceOption.auto,
-    out: Annotated[Path, typer.Option(help="Folder for results, pictures and pages.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(parser=_folder, metavar="DIR", help="Folder for results, pictures and pages.")
+    ] = Path("report"),
 ) -> None:
     """Measure problems and their solutions side by side on this machine, then draw what was measured.
 
@@ -92,7 +101,9 @@ def measure(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `measure` wrote.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(parser=_folder, metavar="DIR", help="Folder that `measure` wrote.")],
+) -> None:
     """Draw the pictures and pages of a folder again from its results."""
     from transformer_problems.cli.measure import redraw
 
@@ -101,7 +112,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder th
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `measure` wrote.")],
+    folder: Annotated[Path, typer.Argument(parser=_folder, metavar="DIR", help="Folder that `measure` wrote.")],
     format: Annotated[FormatOption, typer.Option("--format", help="Form of the output.")] = FormatOption.json,
 ) -> None:
     """Print every measurement of a folder, with its unit and environment."""

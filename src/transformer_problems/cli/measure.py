@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from transformer_problems.catalogue import Catalogue, Problem, load_catalogue
-from transformer_problems.cli.tables import measured_table
+from transformer_problems.cli.tables import measured_table, named_problem
 from transformer_problems.core.errors import ArgumentError, OutputError, StoreError
 from transformer_problems.core.records import Cell, Scale
 from transformer_problems.core.summaries import ProblemSummary
@@ -34,7 +34,9 @@ def measure_problems(names: Sequence[str], scale: Scale, seeds: int | None, devi
     _make_folder(out)
     with Store.open(request.store_path) as store:
         run = Run(request, store)
-        if skipped := len(run.planned) - len(run.pending):
+        if not run.pending:
+            typer.echo(f"all {len(run.planned)} cells are finished already")
+        elif skipped := len(run.planned) - len(run.pending):
             typer.echo(f"{skipped} of {len(run.planned)} cells are finished already; going on with the rest")
         _show_progress(run, catalogue)
         summaries = _write(catalogue, store, out)
@@ -81,7 +83,7 @@ def summaries_of(store: Store, catalogue: Catalogue) -> dict[int, ProblemSummary
 def _chosen(catalogue: Catalogue, names: Sequence[str]) -> list[Problem]:
     if not names:
         return [problem for problem in catalogue.problems if has_experiment(problem)]
-    problems = [catalogue.problem(name) for name in dict.fromkeys(names)]
+    problems = list(dict.fromkeys(named_problem(catalogue, name) for name in names))
     for problem in problems:
         if not has_experiment(problem):
             raise ArgumentError(
@@ -102,12 +104,15 @@ def _open_existing(folder: Path) -> Store:
     path = folder / "results.sqlite"
     if not path.exists():
         raise StoreError(f"no results in {folder}. Measure first: transformer-problems measure --out {folder}")
-    return Store.open(path)
+    return Store.open(path, read_only=True)
 
 
 def _write(catalogue: Catalogue, store: Store, folder: Path) -> dict[int, ProblemSummary]:
     summaries = summaries_of(store, catalogue)
-    records = {n: store.measurements(n, summary.scale) for n, summary in summaries.items()}
+    records = {
+        n: store.measurements(n, summary.scale, fingerprints={summary.environment.revision})
+        for n, summary in summaries.items()
+    }
     write_report(folder, catalogue, summaries, records)
     return summaries
 

@@ -1,23 +1,36 @@
 """What the commands print: the catalogue, one problem, and what was measured."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from transformer_problems.catalogue import Catalogue, Problem, Treatment
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
-from transformer_problems.core.summaries import ProblemSummary
-from transformer_problems.report.formatting import format_interval
+from transformer_problems.core.summaries import Column, ProblemSummary
+from transformer_problems.report.formatting import format_interval, format_verdict
 
+_GAP = 2  # spaces between two columns
 _STYLES = {
     "helps": ("green", "+"),
     "no effect": ("yellow", "="),
     "hurts": ("red", "-"),
     "inconclusive": ("yellow", "?"),
+    "diverged": ("red", "∞"),
     "not runnable here": ("dim", "x"),
     "planned": ("dim", ""),
 }
+
+
+def named_problem(catalogue: Catalogue, name: str) -> Problem:
+    """The problem that a user means by a number or slug."""
+    if name.strip().isdigit() and int(name) not in (problem.number for problem in catalogue.problems):
+        first, last = catalogue.problems[0].number, catalogue.problems[-1].number
+        raise ArgumentError(f"unknown problem {name!r}. Numbers go from {first:02d} to {last:02d}.")
+    return catalogue.problem(name)
 
 
 def problems_as_json(catalogue: Catalogue) -> list[dict[str, object]]:
@@ -39,7 +52,7 @@ def problems_as_json(catalogue: Catalogue) -> list[dict[str, object]]:
 
 def catalogue_table(catalogue: Catalogue) -> None:
     """Print all problems with their solutions and verdicts."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     table.add_column("")
     table.add_column("problem", no_wrap=True)
     table.add_column("category", no_wrap=True)
@@ -78,6 +91,8 @@ def show_problem(catalogue: Catalogue, problem: Problem) -> None:
         console.print(Padding(pair.solution.how, (0, 0, 0, 2)))
         for label, text in {"gives:": pair.claim, "costs:": pair.cost, "choose it": pair.choose}.items():
             console.print(Padding(f"{label} {text}", (0, 0, 0, 2)))
+        if pair.criterion.text != problem.criterion.text:
+            console.print(Padding(f"what decides here: {pair.criterion.text}", (0, 0, 0, 2)))
         if pair.outcome is not None:
             console.print(Padding(f"measured: {pair.outcome.gain}; {pair.outcome.cost}", (0, 0, 0, 2)))
         sources = "; ".join(f"{r.authors} {r.year}, {r.id}" for r in pair.solution.references)
@@ -89,25 +104,39 @@ def measured_table(problem: Problem, summary: ProblemSummary) -> None:
     console = Console()
     console.print(f"\n{problem.number:02d}  {problem.title}", style="bold")
     console.print(f"{summary.finding}\n")
-    with_bounds = _measured_table(summary, with_bounds=True)
-    fits = console.measure(with_bounds).maximum <= console.width
-    console.print(with_bounds if fits else _measured_table(summary, with_bounds=False))
+    choices = ((summary.columns, True), (summary.columns, False), (_decisive(problem, summary.columns), False))
+    tables = (_measured_table(summary, columns, with_bounds, console.width) for columns, with_bounds in choices)
+    console.print(next(table for table in tables if table is not None))
     for note in summary.notes:
         console.print(note, style="dim")
 
 
-def _measured_table(summary: ProblemSummary, *, with_bounds: bool) -> Table:
-    """The table with its 95% intervals, or for narrow terminals with the estimates alone."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("arm", no_wrap=True)
-    for column in summary.columns:
-        table.add_column(column.label, min_width=6 if not with_bounds else None)
-    table.add_column("verdict", no_wrap=True)
+def _decisive(problem: Problem, columns: Sequence[Column]) -> Sequence[Column]:
+    """The one column that shows what the problem's criterion reads."""
+    read = [column for column in columns if (column.metric, column.statistic) == (problem.criterion.metric, "mean")]
+    exact = [column for column in read if column.at == problem.criterion.at]
+    return (exact or read or columns)[-1:]
+
+
+def _measured_table(summary: ProblemSummary, columns: Sequence[Column], with_bounds: bool, room: int) -> Table | None:
+    """The table of some columns, with their 95% intervals or the estimates alone; None where it has no room, unless it
+    has a single column. Headings and labels may take more lines; no other word and no number is ever cut."""
+    entries = [["arm", *(column.label for column in columns), "verdict"]]
     for row in summary.rows:
-        estimates = row.cells if with_bounds else [c and Interval(c.value, c.value, c.value) for c in row.cells]
-        cells = [format_interval(*entry) for entry in zip(estimates, summary.columns, strict=True)]
-        word = row.verdict.word if row.verdict else "-"
-        table.add_row(row.arm.label, *cells, Text(word, style=_STYLES[word][0] if word in _STYLES else ""))
+        shown = [(cell, column) for cell, column in zip(row.cells, summary.columns, strict=True) if column in columns]
+        estimates = [cell if with_bounds or cell is None else Interval(*[cell.value] * 3) for cell, _ in shown]
+        cells = [format_interval(cell, column) for cell, (_, column) in zip(estimates, shown, strict=True)]
+        entries.append([row.arm.label, *cells, format_verdict(row)])
+    (_, *labels), *figures = zip(*entries, strict=True)
+    widths = [max(map(len, [*heading.split(), *cells])) for heading, *cells in figures]
+    for_labels = room - sum(widths) - _GAP * len(widths)
+    if for_labels < max(len(word) for label in labels for word in label.split()) and len(columns) > 1:
+        return None
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for heading, width in zip(entries[0], [min(for_labels, max(map(len, labels))), *widths], strict=True):
+        table.add_column(heading, width=width, overflow="fold")
+    for *cells, word in entries[1:]:
+        table.add_row(*cells, Text(word, style=_STYLES[word][0] if word in _STYLES else ""))
     return table
 
 

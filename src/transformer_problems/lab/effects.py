@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.statistics import paired_difference, paired_ratio
@@ -21,6 +22,9 @@ class Effect:
         at: The x compared at; "last" is the largest x that both arms have.
         where: Said after the figure, with the x filled in, e.g. "at {x:,.0f} tokens".
         scale: Factor on a difference before it is printed, e.g. 100 for points of a percentage.
+
+    Raises:
+        ArgumentError: If the words for less and for more are the same, which would hide the direction.
     """
 
     metric: str
@@ -29,6 +33,12 @@ class Effect:
     at: At = None
     where: str = ""
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.words[0] == self.words[1]:
+            raise ArgumentError(
+                f"words must differ for less and for more; got {self.words[0]!r} twice. Say which is which."
+            )
 
 
 def common_x(results: Results, arm: str, baseline: str, metric: str, at: At) -> float | None:
@@ -50,26 +60,34 @@ def measure_effect(
     return paired_ratio(untreated, treated) if compare == "ratio" else paired_difference(untreated, treated)
 
 
-def describe_effect(effect: Effect, interval: Interval, x: float | None) -> str:
-    """In words, e.g. "41x (38 to 44) less time at 8,192 tokens"."""
+def describe_effect(effect: Effect, interval: Interval, x: float | None, than: str = "") -> str:
+    """In words, e.g. "41x (38 to 44) less time at 8,192 tokens", or "no change in time" where no printed digit moved.
+
+    Args:
+        than: Label of the arm compared with, said where it is not the experiment's own baseline.
+    """
     where = f" {effect.where.format(x=x)}" if effect.where else ""
     less, more = effect.words
+    value, low, high = interval.value, interval.low, interval.high
     if effect.compare == "ratio":
-        return _describe_ratio(interval, less, more) + where
-    value, low, high = (effect.scale * v for v in (interval.value, interval.low, interval.high))
-    word = less if value < 0 else more
-    sign, bounds = (-1, (-high, -low)) if value < 0 else (1, (low, high))
-    return f"{_short(sign * value)}{_between(*bounds)} {word}{where}"
+        is_less, unit, nothing = value < 1, "x", "1.0"
+        if is_less:
+            value, low, high = 1 / value, 1 / high, 1 / low
+    else:
+        is_less, unit, nothing = value < 0, "", "0.00"
+        scale = -effect.scale if is_less else effect.scale
+        value, (low, high) = scale * value, sorted((scale * low, scale * high))
+    texts = [_short(v) for v in (value, low, high)]
+    if set(texts) == {nothing}:
+        return f"no change{_subject(less, more)}{where}{f' against {than}' if than else ''}"
+    bounds = "" if texts[1] == texts[2] else f" ({texts[1]} to {texts[2]})"
+    return f"{texts[0]}{unit}{bounds} {less if is_less else more}{where}{f' than {than}' if than else ''}"
 
 
-def _describe_ratio(interval: Interval, less: str, more: str) -> str:
-    if interval.value < 1:
-        return f"{_short(1 / interval.value)}x{_between(1 / interval.high, 1 / interval.low)} {less}"
-    return f"{_short(interval.value)}x{_between(interval.low, interval.high)} {more}"
-
-
-def _between(low: float, high: float) -> str:
-    return "" if _short(low) == _short(high) else f" ({_short(low)} to {_short(high)})"
+def _subject(less: str, more: str) -> str:
+    """What the words for less and for more have in common, e.g. " in time" of "less time" and "more time"."""
+    shared = [word for word in less.split() if word in more.split() and word != "points"]
+    return f" in {' '.join(shared)}" if shared else ""
 
 
 def _short(value: float) -> str:
@@ -78,5 +96,5 @@ def _short(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.0f}"
-    text = f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
+    text = f"{value:.1f}" if abs(value) >= 0.995 else f"{value:.2f}"  # what rounds to 1 is written as 1 is
     return text.removeprefix("-") if not text.strip("-0.") else text

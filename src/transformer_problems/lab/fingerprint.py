@@ -1,30 +1,49 @@
-"""A short hash of the code that makes a result, so that old results are never taken for new ones."""
+"""What a result depends on, as short hashes, so that results of other code or circumstances are never mixed in."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-_MAKERS = ("core", "kernels", "solutions", "models", "lab")
+from transformer_problems.core.records import Environment
+
+_MAKERS = ("core", "kernels", "solutions", "models", "lab", "checkpoints")
 
 
 @cache
 def code_fingerprint(room: str) -> str:
     """Hash of the floors below the problems and of one room, e.g. "p01_quadratic_complexity"."""
-    digest = hashlib.sha256()
     package = resources.files("transformer_problems")
-    for folder in (*(package / name for name in _MAKERS), package / "problems" / room):
-        for file in _sources(folder):
-            digest.update(file.name.encode())
-            digest.update(file.read_bytes())
+    folders = {name: package / name for name in _MAKERS} | {room: package / "problems" / room}
+    return hash_files([file for name, folder in folders.items() for file in _files(folder, name)])
+
+
+def run_fingerprint(room: str, where: Environment, text: str) -> str:
+    """Key of a run's results: its code and device, and a hash of what makes numbers of one code incomparable.
+
+    Args:
+        where: The machine; its revision and date are left out.
+        text: Source of the text that models are trained on.
+    """
+    settings = (where.processor, where.threads, where.torch, where.python, text)
+    return f"{code_fingerprint(room)}-{where.device}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:6]}"
+
+
+def hash_files(files: Iterable[tuple[str, Traversable]]) -> str:
+    """Hash of files, each with the path that it is known by."""
+    digest = hashlib.sha256()
+    for path, file in files:
+        content = file.read_bytes()
+        digest.update(f"{path}\0{len(content)}\0".encode() + content)  # the length keeps neighbours apart
     return digest.hexdigest()[:12]
 
 
-def _sources(folder: Traversable) -> list[Traversable]:
-    found: list[Traversable] = []
+def _files(folder: Traversable, path: str) -> Iterator[tuple[str, Traversable]]:
+    """Every file of a folder that is part of the package, of whatever kind."""
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
-        if entry.is_dir():
-            found += _sources(entry)
-        elif entry.name.endswith(".py"):
-            found.append(entry)
-    return found
+        inner = f"{path}/{entry.name}"
+        if entry.is_dir() and entry.name != "__pycache__":
+            yield from _files(entry, inner)
+        elif entry.is_file():
+            yield inner, entry

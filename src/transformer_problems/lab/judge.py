@@ -9,20 +9,27 @@ from transformer_problems.lab.results import Results
 
 def judge(
     problem: int, arm: Arm, baseline: str, criterion: Criterion, results: Results, failure: str | None
-) -> Verdict:
+) -> Verdict | None:
     """Compare an arm with its baseline and apply the criterion.
 
     Args:
         failure: Why the arm's cells failed, if they did.
 
     Returns:
-        "not runnable here" where nothing was measured, "hurts" where a promised output was changed, else the word
-        that the 95% interval of the effect gives.
+        None where it or its baseline was not tried yet, "diverged" where a seed of it did, "not runnable here" where
+        nothing can be compared, "hurts" where a promised output was changed, else the word that the 95% interval of
+        the effect gives.
     """
     x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
+    if diverged := results.diverged(arm.slug, criterion.metric, x):
+        return Verdict(problem, arm.slug, "diverged", None, f"its {criterion.metric} {diverged}")
+    without = results.diverged(baseline, criterion.metric, x)
     effect = measure_effect(results, arm.slug, baseline, criterion.metric, criterion.compare, x)
     if effect is None:
-        reason = failure or f"no {criterion.metric} was measured for it and its baseline alike"
+        if not failure and not (results.seeds_of(arm.slug) and results.seeds_of(baseline)):
+            return None
+        missing = f"no {criterion.metric} was measured for it and its baseline alike"
+        reason = failure or (f"its baseline {without}" if without else missing)
         return Verdict(problem, arm.slug, "not runnable here", None, reason)
     changed = results.largest(arm.slug, criterion.promise)
     if changed is not None and changed > criterion.promise_limit:
@@ -33,6 +40,7 @@ def judge(
     reason = (
         f"{criterion.metric} {criterion.compare} {effect.value:.3g}, 95% interval {effect.low:.3g} to "
         f"{effect.high:.3g}; no difference that counts between {low:.3g} and {high:.3g}"
+        f"{f'; left out: its baseline {without}' if without else ''}"
     )
     return Verdict(problem, arm.slug, word, effect, reason)
 

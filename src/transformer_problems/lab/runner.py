@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from transformer_problems.core.records import Cell, Measurement, Scale
+from transformer_problems.lab.data.text import load_text
 from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
 from transformer_problems.lab.engine import Done, Failed, LocalEngine, Outcome
 from transformer_problems.lab.experiment import Bench, Experiment
-from transformer_problems.lab.fingerprint import code_fingerprint
+from transformer_problems.lab.fingerprint import run_fingerprint
 from transformer_problems.lab.model_cache import ModelCache
 from transformer_problems.lab.store import Store
 
@@ -46,10 +47,8 @@ class Run:
 
     def __init__(self, request: RunRequest, store: Store) -> None:
         self.request, self.store = request, store
-        self.fingerprints = {
-            number: f"{code_fingerprint(room)}-{resolve_device(request.device).type}"
-            for number, room in request.rooms.items()
-        }
+        where, text = describe_environment(resolve_device(request.device), revision=""), load_text().source
+        self.fingerprints = {number: run_fingerprint(room, where, text) for number, room in request.rooms.items()}
         self.planned = [cell for number in request.rooms for cell in self._cells(number)]
         finished = store.finished(set(self.fingerprints.values()))
         self.pending = [cell for cell in self.planned if cell not in finished]

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Cell, Environment, Measurement, Scale
-from transformer_problems.lab.store_file import clear_errors, open_results
+from transformer_problems.lab.store_file import clear_errors, open_results, open_to_read
 
 _ENVIRONMENT = tuple(field.name for field in fields(Environment))
 _KEY = "(problem, arm, scale, seed, fingerprint) = (?, ?, ?, ?, ?)"
@@ -34,15 +34,18 @@ class Store:
         self._connection = connection
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, read_only: bool = False) -> Self:
         """Open a results file, or create it with its folder where there is none (or an empty one).
+
+        Args:
+            read_only: Need no right to write the file or its folder, and create nothing.
 
         Raises:
             StoreVersionError: If another version of this package wrote it; the file is not changed.
             StoreCorruptedError: If it is damaged or no results file; the file is not changed.
             OutputError: If the file cannot be created, read or written.
         """
-        return cls(path, open_results(path))
+        return cls(path, open_to_read(path) if read_only else open_results(path))
 
     def close(self) -> None:
         """Close the file; the last to close it merges its write-ahead log."""

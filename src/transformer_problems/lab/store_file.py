@@ -38,7 +38,7 @@ _SCHEMA = (
     )""",
     "CREATE INDEX measurements_of_cell ON measurements (cell)",
 )
-_WHAT_TO_DO = "It was left as it is. Choose another --out, or move it away."
+_WHAT_TO_DO = "It was left as it is. Use another folder, or move it away."
 
 
 def open_results(path: Path) -> sqlite3.Connection:
@@ -49,7 +49,11 @@ def open_results(path: Path) -> sqlite3.Connection:
         StoreCorruptedError: If it is damaged or no results file; the file is not changed.
         OutputError: If the file cannot be created, read or written.
     """
-    _prepare(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_accessible(path, error) from error
+    _check_header(path)
     with clear_errors(path):
         if _has_unmerged_writes(path):
             # Closing a writable connection would merge them into the file, so a damaged one is found out before.
@@ -61,6 +65,26 @@ def open_results(path: Path) -> sqlite3.Connection:
             _create_tables(connection)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA foreign_keys = ON")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def open_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that writes nothing, to a file and in a folder that may be another's.
+
+    Raises:
+        StoreVersionError, StoreCorruptedError, OutputError: As `open_results`.
+    """
+    _check_header(path)
+    # Whoever writes has a log beside the file. Without one nothing is under way, and only if SQLite is told so does it
+    # read without making a log of its own.
+    is_still = not _log_of(path).exists()
+    with clear_errors(path):
+        connection = _connect(path, "ro&immutable=1" if is_still else "ro")
+        try:
+            _check(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -85,11 +109,11 @@ def clear_errors(path: Path) -> Iterator[None]:
                     "Free some space and run again: it goes on from there."
                 ) from error
             case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_PERM:
-                raise _not_writable(path, error) from error
+                raise _not_accessible(path, error) from error
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise StoreError(
                     f"{path} was locked by another process for {_BUSY_TIMEOUT_S:.0f} s. "
-                    "Run again when it is done, or choose another --out."
+                    "Run again when it is done, or use another folder."
                 ) from error
             # Our statements are fixed, so an error in one (SQLITE_ERROR) means that tables or columns are gone.
             case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR:
@@ -99,16 +123,15 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _prepare(path: Path) -> None:
-    """Make the folder, and look at the file's header without SQLite, which would lock and tidy up."""
+def _check_header(path: Path) -> None:
+    """Look at the file's header without SQLite, which would lock and tidy up."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = b""
         if path.exists():
             with path.open("rb") as file:
                 header = file.read(100)
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise _not_accessible(path, error) from error
     if not header:
         return
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
@@ -124,8 +147,12 @@ def _prepare(path: Path) -> None:
 
 
 def _has_unmerged_writes(path: Path) -> bool:
-    log = path.with_name(f"{path.name}-wal")
+    log = _log_of(path)
     return log.exists() and log.stat().st_size > 0
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -155,5 +182,7 @@ def _damaged(path: Path, how: str) -> StoreCorruptedError:
     return StoreCorruptedError(f"{path} is damaged ({shorten(how, 100)}). {_WHAT_TO_DO}")  # quotes SQL with newlines
 
 
-def _not_writable(path: Path, error: Exception) -> OutputError:
-    return OutputError(f"cannot write results to {path}: {error}. Choose another --out, a folder you may write to.")
+def _not_accessible(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"cannot read or write results in {path}: {error}. Use another folder, one with the rights and room for it."
+    )

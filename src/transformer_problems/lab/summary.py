@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from transformer_problems.catalogue import Catalogue, Criterion
 from transformer_problems.core.records import Cell, Environment, Interval, Measurement, Scale, Verdict
@@ -11,6 +12,8 @@ from transformer_problems.lab.experiment import Experiment
 from transformer_problems.lab.judge import judge
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.statistics import fit_exponent, mean_interval
+
+_DIVERGED = Interval(math.nan, math.nan, math.nan)
 
 
 def summarise(
@@ -24,18 +27,16 @@ def summarise(
     """Everything that the picture and page of one problem show."""
     results = Results(records)
     reasons = {cell.arm: reason for cell, reason in failures.items()}
-    baseline = experiment.arms[0]
-    rows = tuple(_row(experiment, catalogue, arm, results, reasons.get(arm.slug)) for arm in experiment.arms)
+    rows = tuple(_row(experiment, catalogue, arm, results, reasons) for arm in experiment.arms)
     lines = tuple(line for arm in experiment.arms if (line := _line(experiment, arm, results)).points)
-    finding = experiment.finding(results) if baseline.slug not in reasons else f"not measured: {reasons[baseline.slug]}"
     notes = tuple(f"{cell.arm}, seed {cell.seed}: {reason}" for cell, reason in failures.items())
     return ProblemSummary(
         number=experiment.problem,
-        finding=finding,
+        finding=_finding(experiment, results, reasons),
         chart=experiment.chart,
         lines=lines,
         columns=experiment.columns,
-        rows=rows,
+        rows=tuple(_with_variants(row, rows) for row in rows),
         scale=scale,
         num_seeds=len(results.seeds),
         environment=environment,
@@ -57,6 +58,25 @@ def baseline_of(experiment: Experiment, arm: Arm) -> str | None:
     return None if arm.slug == first else arm.baseline or first
 
 
+def _finding(experiment: Experiment, results: Results, reasons: Mapping[str, str]) -> str:
+    """The experiment's finding, if the baseline's first seed is there: it alone measures what needs no repetition."""
+    baseline = experiment.arms[0]
+    if 0 not in results.seeds_of(baseline.slug):
+        return f"not measured: {reasons[baseline.slug]}" if baseline.slug in reasons else "not measured yet"
+    if diverged := results.diverged(baseline.slug):
+        return f"The baseline, {baseline.label}, {diverged}."
+    return experiment.finding(results)
+
+
+def _with_variants(row: Row, rows: Sequence[Row]) -> Row:
+    """A leading arm's row; where the verdicts of its solution's arms differ, its gain says how many of them help."""
+    words = [r.verdict.word for r in rows if r.verdict and r.arm.solution == row.arm.solution]
+    if not row.arm.lead or len(set(words)) <= 1:
+        return row
+    num = words.count("helps")
+    return replace(row, gain=f"{row.gain} ({num} of {len(words)} variants {'helps' if num == 1 else 'help'})")
+
+
 def _line(experiment: Experiment, arm: Arm, results: Results) -> Line:
     metric = experiment.chart.metric
     estimates = {x: _estimate(experiment, metric, arm, results, x) for x in results.xs(arm.slug, metric)}
@@ -64,55 +84,82 @@ def _line(experiment: Experiment, arm: Arm, results: Results) -> Line:
 
 
 def _estimate(experiment: Experiment, metric: str, arm: Arm, results: Results, x: float | None) -> Interval | None:
-    """Mean and interval; on shared examples without the spread between easy and hard ones, which all arms have."""
-    read = results.eased if metric in experiment.shared_examples else results.samples
-    samples = read(arm.slug, metric, x)
-    return None if samples is None else mean_interval(samples)
+    """Mean and interval; on shared examples without the spread between easy and hard ones, which all arms have.
+
+    Without it a sample may lie where no value can, such as beyond 100%; the interval ends where measured values do.
+    """
+    if metric not in experiment.shared_examples:
+        samples = results.samples(arm.slug, metric, x)
+        return None if samples is None else mean_interval(samples)
+    eased = results.eased(arm.slug, metric, x)
+    if eased is None:
+        return None
+    interval = mean_interval(eased)
+    smallest, largest = results.range(metric)
+    return Interval(*(min(max(v, smallest), largest) for v in (interval.value, interval.low, interval.high)))
 
 
-def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Results, failure: str | None) -> Row:
+def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Results, reasons: Mapping[str, str]) -> Row:
     cells = tuple(_cell(experiment, column, arm, results) for column in experiment.columns)
     baseline = baseline_of(experiment, arm)
     if baseline is None or arm.solution is None:
         return Row(arm, cells, None)
     criterion = criterion_of(catalogue, experiment.problem, arm)
+    failure = reasons.get(arm.slug) or (f"its baseline: {reasons[baseline]}" if baseline in reasons else None)
     verdict = judge(experiment.problem, arm, baseline, criterion, results, failure)
+    costs = "; ".join(filter(None, (_effect_text(results, arm, baseline, cost) for cost in experiment.costs)))
+    other = next((a.label for a in experiment.arms if a.slug == arm.baseline), "")
     return Row(
         arm,
         cells,
         verdict,
-        gain=_gain(experiment, arm, baseline, criterion, verdict, results),
-        cost="; ".join(filter(None, (_effect_text(results, arm, baseline, cost) for cost in experiment.costs))),
+        gain=_gain(experiment, arm, baseline, criterion, verdict, results, other),
+        cost=f"{costs} (against {other})" if costs and other else costs,
     )
 
 
 def _gain(
-    experiment: Experiment, arm: Arm, baseline: str, criterion: Criterion, verdict: Verdict, results: Results
+    experiment: Experiment,
+    arm: Arm,
+    baseline: str,
+    criterion: Criterion,
+    verdict: Verdict | None,
+    results: Results,
+    other: str,
 ) -> str:
+    if verdict is None:
+        return ""
     if verdict.effect is None:
         return verdict.reason
     words = next(e for e in experiment.gains if e.metric == criterion.metric)
     x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
-    return describe_effect(words, verdict.effect, x)
+    return describe_effect(words, verdict.effect, x, other)
 
 
 def _effect_text(results: Results, arm: Arm, baseline: str, effect: Effect) -> str:
     x = common_x(results, arm.slug, baseline, effect.metric, effect.at)
+    if diverged := results.diverged(arm.slug, effect.metric, x):
+        return f"{effect.metric} {diverged}"
     interval = measure_effect(results, arm.slug, baseline, effect.metric, effect.compare, x)
     return "" if interval is None else describe_effect(effect, interval, x)
 
 
 def _cell(experiment: Experiment, column: Column, arm: Arm, results: Results) -> Interval | None:
+    """One cell of the table; not a number where a seed diverged, lest the others speak for it."""
     xs = results.xs(arm.slug, column.metric)
     if column.statistic == "exponent":
         return _exponent(column.metric, arm, results, xs)
     x = max(results.xs(experiment.arms[0].slug, column.metric), default=None) if column.at == "last" else column.at
+    if results.diverged(arm.slug, column.metric, x):
+        return _DIVERGED
     return _estimate(experiment, column.metric, arm, results, x)
 
 
 def _exponent(metric: str, arm: Arm, results: Results, xs: list[float]) -> Interval | None:
     """Slope over the largest three octaves, where the fixed costs of small inputs no longer count."""
     top = [x for x in xs if x >= xs[-1] / 8 * (1 - 1e-9)]
+    if any(results.diverged(arm.slug, metric, x) for x in top):
+        return _DIVERGED
     samples = [s.reshape(-1) for x in top if (s := results.samples(arm.slug, metric, x)) is not None]
     if len(samples) < 3:
         return None

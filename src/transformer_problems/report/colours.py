@@ -30,6 +30,7 @@ VERDICT_COLOURS: Mapping[VerdictWord, str] = {
     "no effect": "#5F5F5F",
     "hurts": "#B03A00",
     "inconclusive": "#7A5C00",
+    "diverged": "#B03A00",
     "not runnable here": "#5F5F5F",
 }
 VERDICT_MARKS: Mapping[VerdictWord, str] = {
@@ -37,6 +38,7 @@ VERDICT_MARKS: Mapping[VerdictWord, str] = {
     "no effect": "=",
     "hurts": "▼",
     "inconclusive": "?",
+    "diverged": "∞",
     "not runnable here": "○",
 }
 _VARIANT_DASHES = ((4.0, 1.6), (1.2, 1.4), (6.0, 1.5, 1.2, 1.5), (2.5, 1.2), (8.0, 2.0), (1.2, 3.0))

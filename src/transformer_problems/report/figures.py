@@ -93,7 +93,7 @@ def provenance(summary: ProblemSummary) -> str:
             f"{summary.scale} scale",
             format_count(summary.num_seeds, "seed"),
             where.date,
-            f"transformer-problems {where.version} ({where.revision[:7]})",
+            f"transformer-problems {where.version} (code {where.revision[:7]})",
             f"torch {where.torch}",
         )
     )

@@ -3,9 +3,9 @@
 import math
 
 from transformer_problems.core.records import Interval
-from transformer_problems.core.summaries import Column
+from transformer_problems.core.summaries import Column, Row
 
-ABSENT = "–"
+ABSENT, NOT_YET = "–", "not measured yet"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SI_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -62,12 +62,21 @@ def format_interval(estimate: Interval | None, column: Column) -> str:
     """One cell of a measured table; a metric named `..._bytes` is written in binary units."""
     if estimate is None:
         return ABSENT
+    if math.isnan(estimate.value):
+        return "diverged"
     if column.statistic == "exponent" or not is_bytes(column.metric):
         return format_estimate(estimate, column.digits)
     text = format_bytes(estimate.value, column.digits)
     if estimate.low == estimate.value == estimate.high:
         return text
     return f"{text} ({format_bytes(estimate.low, column.digits)} to {format_bytes(estimate.high, column.digits)})"
+
+
+def format_verdict(row: Row) -> str:
+    """The word of a row's verdict; baselines and controls have none."""
+    if row.verdict is not None:
+        return row.verdict.word
+    return ABSENT if row.arm.solution is None else NOT_YET
 
 
 def format_tick(value: float, metric: str = "") -> str:

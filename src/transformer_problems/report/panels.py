@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.summaries import Chart, Line, ProblemSummary
+from transformer_problems.core.summaries import Chart, Line, Point, ProblemSummary
 from transformer_problems.report.colours import MUTED, RULE, Stroke
 from transformer_problems.report.labels import spread
 from transformer_problems.report.scales import Scale, drawable, x_scale, y_scale
@@ -17,6 +17,7 @@ HEADING, SMALL, LABEL = 9.5, 8.0, 8.4
 _LABEL_WIDTH, _LEADER, _BETWEEN = 1.55, 0.26, 0.34
 _LOWEST, _ABOVE_TICKS, _LABEL_SLACK = 2.55, 0.07, 0.03
 _CLEAR = 0.06  # inches between the baseline's label and its curve
+_ONE_PLACE = 0.045  # inches, a dot's width: lines that end closer than this end at one place
 _MOST_DOTS = 24
 _BETTER = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
@@ -169,19 +170,41 @@ def _draw_line(axes: Axes, line: Line, panels: Panels, *, emphasis: bool) -> Non
 
 
 def _label_ends(panels: Panels, sheet: Sheet, x: float, top: float) -> None:
-    """The right panel's labels, spread beside the ends of their lines and tied to them by thin leaders."""
+    """The right panel's labels, spread beside the ends of their lines and tied to them by thin leaders. Lines that end
+    at one place share one leader, which leads to a bracket around their labels."""
     ends = [drawable(line)[-1] for line in panels.lines]
-    heights = [_label_height(label) for label in panels.labels]
     wishes = [panels.y.fraction(end.y.value) * panels.plot_height for end in ends]
+    groups = _at_one_place(ends, wishes)
+    heights = [sum(_label_height(panels.labels[i]) for i in group) for group in groups]
+    places = [sum(wishes[i] for i in group) / len(group) for group in groups]
     slack = max(0.1, (sum(heights) - panels.plot_height) / 2 + 1e-6)
-    centres = spread(wishes, heights, -slack, panels.plot_height + slack)
+    centres = spread(places, heights, -slack, panels.plot_height + slack)
     bottom, edge = top + panels.plot_height, x + panels.plot_width + _LEADER
-    for line, label, end, wish, centre in zip(panels.lines, panels.labels, ends, wishes, centres, strict=True):
-        stroke = panels.strokes[line.arm.slug]
-        start = x + panels.x.fraction(end.x) * panels.plot_width
-        sheet.stroke([start + 0.05, edge - 0.04], [bottom - wish, bottom - centre], color=stroke.line, alpha=0.7)
-        first = bottom - centre - len(label) * line_height(LABEL) / 2
-        sheet.lines(edge, first, label, size=LABEL, colour=stroke.text)
+    for group, height, place, centre in zip(groups, heights, places, centres, strict=True):
+        strokes = [panels.strokes[panels.lines[i].arm.slug] for i in group]
+        start = x + panels.x.fraction(ends[group[0]].x) * panels.plot_width
+        reach = height / 2 - 0.03 if len(group) > 1 else 0.0  # of the bracket; a single label has none
+        colour = strokes[0].line if len(group) == 1 else MUTED
+        target = bottom - min(max(place, centre - reach), centre + reach)
+        sheet.stroke([start + 0.05, edge - 0.05], [bottom - place, target], color=colour, alpha=0.7)
+        if reach:
+            sheet.stroke([edge - 0.05] * 2, [bottom - centre - reach, bottom - centre + reach], color=MUTED)
+        first = bottom - centre - height / 2 + _LABEL_SLACK / 2
+        for i, stroke in zip(group, strokes, strict=True):
+            sheet.lines(edge, first, panels.labels[i], size=LABEL, colour=stroke.text)
+            first += _label_height(panels.labels[i])
+
+
+def _at_one_place(ends: Sequence[Point], heights: Sequence[float]) -> list[list[int]]:
+    """Indices of lines by where they end, from the top down: those at one x and (nearly) one height together."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(ends)), key=lambda i: (ends[i].x, -heights[i])):
+        last = groups[-1][-1] if groups else None
+        if last is not None and ends[last].x == ends[i].x and heights[last] - heights[i] < _ONE_PLACE:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _label_baseline(baseline: Line, panels: Panels, sheet: Sheet, top: float) -> None:

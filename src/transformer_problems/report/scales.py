@@ -82,7 +82,8 @@ def y_scale(chart: Chart, lines: Iterable[Line]) -> Scale:
 
 
 def x_scale(chart: Chart, lines: Iterable[Line], width: float, size: float) -> Scale:
-    """The x axis: ticks at what was measured, as many as fit in `width` inches at `size` points."""
+    """The x axis with as many ticks as fit in `width` inches at `size` points: at round numbers, or on a logarithmic
+    axis at what was measured, which doubles from one to the next."""
     xs = sorted({point.x for line in lines for point in drawable(line)})
     warp: Callable[[float], float] = math.log10 if chart.x_log else float
     low, high = warp(xs[0]), warp(xs[-1])
@@ -90,9 +91,10 @@ def x_scale(chart: Chart, lines: Iterable[Line], width: float, size: float) -> S
     unwarp: Callable[[float], float] = (lambda v: 10.0**v) if chart.x_log else float
     ends = Scale(chart.x_log, unwarp(low - margin), unwarp(high + margin), (), ())
     ticks = xs
-    if len(xs) > _MOST_MEASURED_TICKS:
-        inner = _log_ticks(xs[0], xs[-1]) if chart.x_log else _linear_ticks(xs[0], xs[-1], 4)
-        ticks = [t for t in inner if xs[0] <= t <= xs[-1]]
+    if not chart.x_log and len(xs) > 1:
+        ticks = [t for t in _linear_ticks(xs[0], xs[-1], 5) if ends.low <= t <= ends.high]
+    elif len(xs) > _MOST_MEASURED_TICKS:
+        ticks = [t for t in _log_ticks(xs[0], xs[-1]) if xs[0] <= t <= xs[-1]]
     kept = _thin(ticks, ends, width, size)
     return Scale(chart.x_log, ends.low, ends.high, tuple(kept), tuple(format_tick(t) for t in kept))
 

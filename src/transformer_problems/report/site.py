@@ -7,10 +7,18 @@ from pathlib import Path
 from transformer_problems.catalogue import Catalogue, Problem
 from transformer_problems.core.summaries import ProblemSummary
 from transformer_problems.report.colours import catalogue_colours
-from transformer_problems.report.figures import draw_problem
+from transformer_problems.report.figures import draw_problem, machine
 from transformer_problems.report.ledger import Record, ledger, records_csv
 from transformer_problems.report.scales import has_chart
-from transformer_problems.report.story import leading_rows, pairs_best_first, render, status_of, themed, write_text
+from transformer_problems.report.story import (
+    leading_rows,
+    pairs_best_first,
+    render,
+    status_of,
+    themed,
+    variants_of,
+    write_text,
+)
 
 Records = Mapping[int, Sequence[Record]]
 
@@ -48,7 +56,10 @@ def write_site(folder: Path, catalogue: Catalogue, summaries: Mapping[int, Probl
             problem=problem,
             summary=summary,
             picture=_inline_svg(home / "problem.svg", problem) if summary and has_chart(summary) else "",
-            pairs=[(pair, status_of(pair, rows), rows.get(pair.solution.slug)) for pair in catalogue.pairs(problem)],
+            pairs=[
+                (pair, status_of(pair, rows), rows.get(pair.solution.slug), variants_of(pair, summary))
+                for pair in catalogue.pairs(problem)
+            ],
             colours=catalogue_colours(catalogue),
             recorded={(cell.arm, measurement.metric) for cell, measurement in known},
             previous=problems[place - 1] if place else None,
@@ -80,7 +91,7 @@ def _index(catalogue: Catalogue, summaries: Mapping[int, ProblemSummary]) -> dic
         "num_pairs": sum(map(len, told.values())),
         "num_measured": sum(row is not None for pairs in told.values() for _, _, row in pairs),
         "num_helping": sum(helped.values()),
-        "latest": max(summaries.values(), key=lambda s: s.environment.date, default=None),
+        "machines": list(dict.fromkeys(machine(summary.environment) for summary in summaries.values())),
     }
 
 

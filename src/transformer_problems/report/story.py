@@ -10,11 +10,11 @@ from transformer_problems.catalogue import Catalogue, Problem, Reference, Treatm
 from transformer_problems.core.summaries import ProblemSummary, Row
 from transformer_problems.report.colours import VERDICT_MARKS, dark_theme
 from transformer_problems.report.figures import provenance
-from transformer_problems.report.formatting import ABSENT, format_count, format_interval
+from transformer_problems.report.formatting import ABSENT, NOT_YET, format_count, format_interval, format_verdict
 from transformer_problems.report.strip import gain_text
 
-NOT_MEASURED = "not measured here"
-_VERDICT_ORDER = ("helps", "no effect", "inconclusive", "hurts", "not runnable here", NOT_MEASURED, "planned")
+_ON_A_CARD, _FEW_SEEDS = 3, 3
+_VERDICT_ORDER = ("helps", "no effect", "inconclusive", "hurts", "diverged", "not runnable here", NOT_YET, "planned")
 
 
 def leading_rows(summary: ProblemSummary | None) -> dict[str, Row]:
@@ -22,12 +22,18 @@ def leading_rows(summary: ProblemSummary | None) -> dict[str, Row]:
     return {row.arm.solution: row for row in summary.rows if row.arm.lead and row.arm.solution} if summary else {}
 
 
+def variants_of(pair: Treatment, summary: ProblemSummary | None) -> list[Row]:
+    """The rows of a solution's other arms."""
+    rows = summary.rows if summary else ()
+    return [row for row in rows if row.arm.solution == pair.solution.slug and not row.arm.lead]
+
+
 def status_of(pair: Treatment, rows: Mapping[str, Row]) -> str:
-    """A pair's verdict where these results hold one; else that it is planned, or that it was not measured here."""
+    """A pair's verdict where these results hold one; else that it is planned, or that it was not measured yet."""
     row = rows.get(pair.solution.slug)
     if row is not None and row.verdict is not None:
         return row.verdict.word
-    return "planned" if pair.status == "planned" else NOT_MEASURED
+    return "planned" if pair.status == "planned" else NOT_YET
 
 
 def pairs_best_first(
@@ -36,6 +42,21 @@ def pairs_best_first(
     """Each pair with its status and row: those that help first, else in the catalogue's order."""
     told = [(pair, status_of(pair, rows), rows.get(pair.solution.slug)) for pair in catalogue.pairs(problem)]
     return sorted(told, key=lambda entry: _VERDICT_ORDER.index(entry[1]))
+
+
+def headline(told: Sequence[tuple[Treatment, str, Row | None]]) -> list[tuple[Treatment, str, Row | None]]:
+    """Of a problem's measured pairs, best first, the three that a card has room for and every one that does harm."""
+    measured = [entry for entry in told if entry[2] is not None]
+    return [entry for place, entry in enumerate(measured) if place < _ON_A_CARD or entry[1] in ("hurts", "diverged")]
+
+
+def interval_note(summary: ProblemSummary) -> str:
+    """A sentence, with a space behind it, on what intervals of few seeds leave out; see `lab.statistics`."""
+    if summary.num_seeds > _FEW_SEEDS:
+        return ""
+    if summary.num_seeds == 1:
+        return "One seed was measured, so the intervals leave out how much seeds differ. "
+    return "With so few seeds they cover the truth less often than that, about 89% of the time at three. "
 
 
 def import_line(code: Sequence[str]) -> str:
@@ -69,6 +90,9 @@ def render(template: str, **context: Any) -> str:
         "interval": format_interval,
         "count": format_count,
         "gain": gain_text,
+        "headline": headline,
+        "interval_note": interval_note,
+        "verdict": format_verdict,
         "import_line": import_line,
         "reference_url": reference_url,
         "provenance": provenance,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from transformer_problems.core.records import VerdictWord
 from transformer_problems.core.summaries import Row
 from transformer_problems.report.colours import MUTED, RULE, VERDICT_COLOURS, VERDICT_MARKS, Stroke
-from transformer_problems.report.formatting import ABSENT
+from transformer_problems.report.formatting import ABSENT, format_verdict
 from transformer_problems.report.sheet import Sheet, line_height, wrap
 
 SIZE, HEAD = 8.4, 8.0
 _SWATCH, _MARK, _GUTTER, _PAD = 0.34, 0.17, 0.16, 0.075
 _SHARES = (0.225, 0.175, 0.3, 0.3)  # name, verdict, gain, cost
-_HEADINGS = ("Solution", "Verdict", "What it gains", "What it costs")
+_HEADINGS = ("Solution", "Verdict", "What it gains", "Also measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def plan(rows: tuple[Row, ...], strokes: Mapping[str, Stroke], left: float, widt
         widths = [room * share - _GUTTER for share in _SHARES]
         columns = (
             wrap(row.arm.label, SIZE, widths[0]),
-            wrap(word or "not judged", SIZE, widths[1] - _MARK, "bold"),
+            wrap(format_verdict(row), SIZE, widths[1] - _MARK, "bold"),
             wrap(gain_text(row) or ABSENT, SIZE, widths[2]),
             wrap(row.cost or ABSENT, SIZE, widths[3]),
         )

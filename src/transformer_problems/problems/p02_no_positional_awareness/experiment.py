@@ -127,10 +127,16 @@ class NoPositionalAwareness:
         Column("parameters", "parameters", better="lower"),
     )
     gains = (
-        Effect("order_accuracy", "difference", ("points fewer", "points more"), "last", "right answers", scale=100),
+        Effect(
+            "order_accuracy",
+            "difference",
+            ("points fewer right answers", "points more right answers"),
+            "last",
+            scale=100,
+        ),
     )
     costs = (
-        Effect("step_s", "ratio", ("time a step", "time a step")),
+        Effect("step_s", "ratio", ("less time a step", "more time a step")),
         Effect("masked_bits", "difference", ("bits/masked byte less", "bits/masked byte more")),
     )
     shared_examples = frozenset({"order_accuracy", "who_did_what", "which_comes_first", "masked_bits"})

@@ -133,8 +133,8 @@ class LengthGeneralization:
     )
     columns = (
         Column("bits_per_byte", "bits/byte at 1x", at=1.0, better="lower"),
-        Column("bits_per_byte", "at 4x", at=4.0, better="lower"),
-        Column("bits_per_byte", "at 16x", at=16.0, better="lower"),
+        Column("bits_per_byte", "bits/byte at 4x", at=4.0, better="lower"),
+        Column("bits_per_byte", "bits/byte at 16x", at=16.0, better="lower"),
         Column("recall", "recall at 1x", at=1.0, better="higher", digits=2),
         Column("recall", "recall at 16x", at=16.0, better="higher", digits=2),
     )
@@ -163,16 +163,17 @@ class LengthGeneralization:
             bench.progress(0.7 + 0.3 * (i + 1) / len(_MULTIPLES))
 
     def finding(self, results: Results) -> str:
-        first, last = (results.samples("learned", "bits_per_byte", x) for x in (1.0, float(_MULTIPLES[-1])))
-        recall = results.samples("learned", "recall", float(_MULTIPLES[-1]))
-        assert first is not None
-        assert last is not None
-        assert recall is not None
-        return (
-            f"Trained on {_TRAINED_LEN} tokens, the model with learned positions goes from {first.mean():.2f} to "
-            f"{last.mean():.2f} bits per byte at {_MULTIPLES[-1]} times that length, and finds "
-            f"{recall.mean():.0%} of the keys hidden there (chance 6%)."
+        last = float(_MULTIPLES[-1])
+        learned, rope = ([results.samples(arm, "bits_per_byte", x) for x in (1.0, last)] for arm in ("learned", "rope"))
+        assert learned[0] is not None
+        assert learned[1] is not None
+        sentence = (
+            f"Trained on {_TRAINED_LEN} tokens, learned positions do not exist beyond; clamped, they go from "
+            f"{learned[0].mean():.2f} to {learned[1].mean():.2f} bits per byte at {last:.0f} times that length"
         )
+        if rope[0] is None or rope[1] is None:
+            return f"{sentence}."
+        return f"{sentence}, and rotary ones from {rope[0].mean():.2f} to {rope[1].mean():.2f}."
 
 
 def _trained(bench: Bench, size: _Size, text: TextSplits) -> nn.Module:
