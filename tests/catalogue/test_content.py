@@ -166,7 +166,9 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
     assert rules == {
         1: ("latency_s", "last", "lower", "ratio", 0.1),
         2: ("order_accuracy", "last", "higher", "difference", 0.05),
+        3: ("recall", 32.0, "higher", "difference", 0.05),
         4: ("tokens_per_s", "last", "higher", "ratio", 0.1),
+        7: ("peak_memory_bytes", "last", "lower", "ratio", 0.1),
         9: ("bits_per_byte", "last", "lower", "difference", 0.05),
         12: ("latency_s", "last", "lower", "ratio", 0.1),
         14: ("accuracy", 0.95, "higher", "difference", 0.02),
