@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from transformer_problems.core.summaries import Line, Point, ProblemSummary
 from transformer_problems.report import panels
 from transformer_problems.report.colours import catalogue_colours
 from transformer_problems.report.figures import WIDTH, compose, draw_problem
-from transformer_problems.report.scales import x_scale
+from transformer_problems.report.scales import x_scale, y_scale
 
 SHELF = shelf()
 HAIR = 1.0  # pixels of 1,600 by which two text boxes may touch: hinting rounds to whole pixels
@@ -147,6 +148,22 @@ def test_ticks_of_a_linear_axis_are_round_numbers(xs: tuple[int, ...], ticks: tu
     shown = x_scale(replace(summary.chart, x_log=False), lines, 3.0, 8.0).ticks
     assert set(ticks) <= set(shown)
     assert all(tick * 2 == round(tick * 2) for tick in shown)
+
+
+def test_ticks_of_bytes_are_powers_of_two() -> None:
+    summary = quadratic(3)
+    lines = tuple(Line(line.arm, (Point(1.0, around(3e6)), Point(2.0, around(2e8)))) for line in summary.lines)
+    ticks = y_scale(replace(summary.chart, metric="peak_memory_bytes", y_log=True), lines).ticks
+    assert len(ticks) >= 3
+    assert all(tick == 2 ** (int(tick).bit_length() - 1) for tick in ticks)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_label_of_the_baseline_stands_clear_of_the_axis(rises: bool) -> None:
+    curve = np.stack([np.linspace(0, 1, 50), np.linspace(0, 1, 50)[:: 1 if rises else -1]], axis=1) * (3.0, 2.0)
+    size = np.array([1.5, 0.2])
+    centre = panels._clear_spot(curve, size, np.array([3.0, 2.0]))
+    assert (centre - size / 2 > 0.05).all()
 
 
 def test_nothing_to_draw_is_refused() -> None:

@@ -239,8 +239,10 @@ def _outline(line: Line, panels: Panels) -> np.ndarray:
 
 
 def _clear_spot(curve: np.ndarray, size: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """The centre of a box of `size` inside `area` that keeps clear of `curve`, near it and near its last point."""
-    grid = np.stack(np.meshgrid(*(np.linspace(s / 2, a - s / 2, 60) for s, a in zip(size, area, strict=True))), -1)
+    """The centre of a box of `size` inside `area` that keeps clear of `curve` and of the lower and left edge, near the
+    curve and near its last point."""
+    ends = ((s / 2 + _CLEAR, a - s / 2) for s, a in zip(size, area, strict=True))
+    grid = np.stack(np.meshgrid(*(np.linspace(low, high, 60) for low, high in ends)), -1)
     centres = grid.reshape(-1, 2)
     outside = np.maximum(np.abs(centres[:, None] - curve[None]) - size / 2, 0)
     gaps = np.linalg.norm(outside, axis=-1).min(axis=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from transformer_problems.core.summaries import Chart, Line, Point, ProblemSummary
-from transformer_problems.report.formatting import format_tick
+from transformer_problems.report.formatting import format_tick, is_bytes
 from transformer_problems.report.sheet import text_width
 
 _MARGIN = 0.05  # share of the span left free at each end
@@ -69,7 +69,7 @@ def y_scale(chart: Chart, lines: Iterable[Line]) -> Scale:
             floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
             positive.append(floor)
         low, high = _ends([math.log10(v) for v in positive], [math.log10(b) for b in bounds])
-        ticks = _log_ticks(10**low, 10**high)
+        ticks = (_binary_ticks if is_bytes(chart.metric) else _log_ticks)(10**low, 10**high)
         if floor is not None:
             ticks = [floor, *(t for t in ticks if t > floor * 2)]
         labels = ["0" if t == floor else format_tick(t, chart.metric) for t in ticks]
@@ -123,6 +123,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             return ticks
     return [t for t in _linear_ticks(low, high, 5) if low <= t <= high]
+
+
+def _binary_ticks(low: float, high: float) -> list[float]:
+    """Powers of two, for bytes: every other one and so on where they are many."""
+    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    step = max(1, math.ceil(len(exponents) / 6))
+    return [2.0**e for e in exponents if e % step == 0] if len(exponents) >= 3 else _linear_ticks(low, high, 5)
 
 
 def _thin(ticks: Sequence[float], ends: Scale, width: float, size: float) -> list[float]:

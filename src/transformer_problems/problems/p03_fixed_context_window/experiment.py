@@ -128,7 +128,7 @@ class FixedContextWindow:
         metric="recall",
         problem_title="Passkeys told before, asked of a model with a window",
         solutions_title="The same with each solution",
-        x_label="windows since it was told (0.5: in the same window)",
+        x_label="windows since it was told (0.5: the same)",
         y_label=f"answered correctly (chance {1 / NUM_KEYS})",
         better="higher",
         x_log=True,
