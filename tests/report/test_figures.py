@@ -151,7 +151,7 @@ def test_ticks_of_a_linear_axis_are_round_numbers(xs: tuple[int, ...], ticks: tu
 
 
 def test_ticks_of_bytes_are_powers_of_two() -> None:
-    summary = quadratic(3)
+    summary = quadratic()
     lines = tuple(Line(line.arm, (Point(1.0, around(3e6)), Point(2.0, around(2e8)))) for line in summary.lines)
     ticks = y_scale(replace(summary.chart, metric="peak_memory_bytes", y_log=True), lines).ticks
     assert len(ticks) >= 3
