@@ -51,6 +51,21 @@ def test_every_kind_of_product(function, expected):
     assert count_flops(function) == expected
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_weighted_sums_of_rows(requires_grad):
+    table, weights = (torch.randn(9, 4, requires_grad=requires_grad), torch.randn(5, 3, requires_grad=requires_grad))
+    index = torch.randint(9, (5, 3))
+    product = 2 * 5 * 3 * 4
+
+    def run():
+        y = nn.functional.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
+        if requires_grad:
+            y.sum().backward()
+
+    assert count_flops(run) == (3 if requires_grad else 1) * product  # forward, and a gradient of each factor
+    assert count_flops(lambda: nn.functional.embedding_bag(index, table, mode="sum")) == 0
+
+
 def test_elementwise_work_is_not_counted():
     x = torch.randn(5, 5)
     assert count_flops(lambda: (x.softmax(-1) * x + x.exp()).sum()) == 0

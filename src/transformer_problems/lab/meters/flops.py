@@ -16,8 +16,8 @@ aten = torch.ops.aten
 def count_flops(function: Callable[[], object]) -> int:
     """FLOPs of the matrix products in one call, forward and backward, as executed.
 
-    Counted: every matrix and dot product, convolution and attention product, batched or not, whatever Python
-    called it (`@`, einsum, linear, SDPA); a multiply-add is 2 FLOPs. Not counted: elementwise work (softmax,
+    Counted: every matrix and dot product, convolution, attention product and weighted sum of rows
+    (embedding_bag), batched or not, whatever Python called it (`@`, einsum, linear, SDPA); a multiply-add is 2 FLOPs. Not counted: elementwise work (softmax,
     norms, activations, added biases), reductions, sorting, indexing, which are linear in the data that they
     touch. Recomputation counts, since it runs: checkpointed layers, and the scores that fused attention forms
     again in its backward pass (5 products where dense attention has 4). Causal and masked attention count the
@@ -64,6 +64,23 @@ def _added_batched(x: Shape, a: Shape, b: Shape, *args: object, out_shape: objec
     return 2 * prod(a) * b[-1]
 
 
+def _weighted_bags(table: Shape, index: Shape, *args: Any, out_shape: object = None, **kwargs: object) -> int:
+    """A weighted sum of chosen rows. table: [V, D]; index: [n], with a weight each, or none, which leaves sums."""
+    per_sample_weights = args[4] if len(args) > 4 else None
+    return 0 if per_sample_weights is None else 2 * prod(index) * table[-1]
+
+
+def _bag_weights_backward(
+    grad: Shape, table: Shape, index: Shape, *args: object, out_shape: object = None, **kwargs: object
+) -> int:
+    return 2 * prod(index) * table[-1]
+
+
+def _bag_rows_backward(grad: Shape, index: Shape, *args: Any, out_shape: object = None, **kwargs: object) -> int:
+    per_sample_weights = args[6] if len(args) > 6 else None
+    return 0 if per_sample_weights is None else 2 * prod(index) * grad[-1]
+
+
 def _unseen(remedy: str) -> Callable[..., int]:
     def refuse(*args: object, out_shape: object = None, **kwargs: object) -> int:
         raise ArgumentError(f"function must not run a fused layer whose FLOPs PyTorch hides. {remedy}")
@@ -90,6 +107,10 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._int_mm: _dot,
     aten.addmv: _added_dot,
     aten.addbmm: _added_batched,
+    aten._embedding_bag: _weighted_bags,
+    aten._embedding_bag_forward_only: _weighted_bags,
+    aten._embedding_bag_per_sample_weights_backward: _bag_weights_backward,
+    aten._embedding_bag_dense_backward: _bag_rows_backward,
     aten.mkldnn_rnn_layer: _NO_FUSED_RNN,
     aten._cudnn_rnn: _NO_FUSED_RNN,
     aten._native_multi_head_attention: _NO_FAST_PATH,
