@@ -17,8 +17,9 @@ def count_flops(function: Callable[[], object]) -> int:
     """FLOPs of the matrix products in one call, forward and backward, as executed.
 
     Counted: every matrix and dot product, convolution, attention product and weighted sum of rows
-    (embedding_bag), batched or not, whatever Python called it (`@`, einsum, linear, SDPA); a multiply-add is 2 FLOPs. Not counted: elementwise work (softmax,
-    norms, activations, added biases), reductions, sorting, indexing, which are linear in the data that they
+    (embedding_bag), batched or not, whatever Python called it (`@`, einsum, linear, SDPA); a multiply-add is
+    2 FLOPs. Not counted: elementwise work (softmax, norms, activations, added biases), reductions, sorting,
+    indexing, which are linear in the data that they
     touch. Recomputation counts, since it runs: checkpointed layers, and the scores that fused attention forms
     again in its backward pass (5 products where dense attention has 4). Causal and masked attention count the
     whole N x M rectangle, in dense attention because all of it is computed, in SDPA by PyTorch's convention,
@@ -77,7 +78,7 @@ def _bag_weights_backward(
 
 
 def _bag_rows_backward(grad: Shape, index: Shape, *args: Any, out_shape: object = None, **kwargs: object) -> int:
-    per_sample_weights = args[6] if len(args) > 6 else None
+    per_sample_weights = args[8] if len(args) > 8 else None
     return 0 if per_sample_weights is None else 2 * prod(index) * grad[-1]
 
 
@@ -110,7 +111,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._embedding_bag: _weighted_bags,
     aten._embedding_bag_forward_only: _weighted_bags,
     aten._embedding_bag_per_sample_weights_backward: _bag_weights_backward,
-    aten._embedding_bag_dense_backward: _bag_rows_backward,
+    aten._embedding_bag_backward: _bag_rows_backward,
     aten.mkldnn_rnn_layer: _NO_FUSED_RNN,
     aten._cudnn_rnn: _NO_FUSED_RNN,
     aten._native_multi_head_attention: _NO_FAST_PATH,
