@@ -75,7 +75,10 @@ def test_arms_of_one_model_share_its_weights(measured: dict[str, list[Measuremen
 
 
 def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measurement]]) -> None:
-    records = [(Cell(12, "recompute", "quick", 0), m) for m in measured["recompute"]]
+    arms = ("recompute", "window_only", "attention_sinks")
+    records = [(Cell(12, arm, "quick", 0), m) for arm in arms for m in measured[arm]]
     finding = EXPERIMENT.finding(Results(records))
     assert "After 512 tokens" in finding
-    assert "bits per byte" in finding
+    assert "with sinks kept" in finding
+    alone = EXPERIMENT.finding(Results([record for record in records if record[0].arm == "recompute"]))
+    assert alone in finding

@@ -167,15 +167,21 @@ class NoRecurrence:
     def finding(self, results: Results) -> str:
         xs = results.xs("recompute", "latency_s")
         first, last = (results.samples("recompute", "latency_s", x) for x in (xs[0], xs[-1]))
-        trained, late = (results.samples("recompute", "bits_per_byte", x) for x in (float(_TRAINED_LEN), xs[-1]))
         assert first is not None
         assert last is not None
-        assert trained is not None
-        assert late is not None
-        return (
+        cost = (
             f"After {xs[-1]:,.0f} tokens the next one takes {last.mean() / first.mean():,.0f} times as long as after "
-            f"{xs[0]:,.0f}, since the whole prefix runs again; trained on {_TRAINED_LEN} tokens, the model needs "
-            f"{late.mean():.2f} bits per byte there, {trained.mean():.2f} at the trained length."
+            f"{xs[0]:,.0f}, since the whole prefix runs again."
+        )
+        losses = [
+            results.samples(arm, "bits_per_byte", xs[-1]) for arm in ("recompute", "window_only", "attention_sinks")
+        ]
+        if any(loss is None for loss in losses):
+            return cost
+        whole, window, sinks = (loss.mean() for loss in losses if loss is not None)
+        return (
+            f"{cost} Trained on {_TRAINED_LEN} tokens, the model needs {whole:.2f} bits per byte there; read through "
+            f"a window alone {window:.2f}, with sinks kept {sinks:.2f}."
         )
 
 
