@@ -149,7 +149,7 @@ class FixedContextWindow:
         Effect("recall", "difference", ("points less recall", "points more recall"), 32.0, "at 32 windows", scale=100),
     )
     costs = (
-        Effect("state_bytes", "ratio", ("less to keep", "more to keep"), 32.0, "of 32 windows"),
+        Effect("state_bytes", "ratio", ("fewer bytes kept", "more bytes kept"), 32.0, "of 32 windows"),
         Effect("latency_s", "ratio", ("less time", "more time"), None, "an answer"),
         Effect("bits_per_byte", "difference", ("bits/byte less", "bits/byte more"), 32.0, "from 32 windows"),
     )

@@ -146,7 +146,7 @@ class NoRecurrence:
     costs = (
         Effect("bits_per_byte", "difference", ("bits/byte less", "bits/byte more"), "last", "after {x:,.0f} tokens"),
         Effect("bits_per_byte", "difference", ("less", "more"), float(_TRAINED_LEN), "after {x:,.0f}"),
-        Effect("state_bytes", "ratio", ("less to keep", "more to keep"), "last", "than the bare tokens"),
+        Effect("state_bytes", "ratio", ("fewer bytes kept", "more bytes kept"), "last", "against the bare tokens"),
     )
     shared_examples = frozenset({"bits_per_byte"})
 

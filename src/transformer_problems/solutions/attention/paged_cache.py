@@ -138,7 +138,7 @@ class PagedKVCache:
     def tensors(self) -> dict[str, Tensor]:
         if not self._blocks:
             return {}
-        return {"keys": self.pool.keys[self._table()], "values": self.pool.values[self._table()]}
+        return {"keys": self.keys, "values": self.values}
 
     def detach(self) -> Self:
         """The same cache, which never has a gradient history."""
