@@ -48,8 +48,9 @@ class PagePool:
     ) -> None:
         require_positive_int(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
         self.num_pages, self.page_size = num_pages, page_size
-        self.keys = torch.empty(num_pages, num_kv_heads, page_size, head_dim, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        # zeros: room not yet used is part of what a cache shows, and must not hold what is no number
+        self.keys = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self._free = list(range(num_pages))[::-1]
 
     @property
@@ -138,7 +139,7 @@ class PagedKVCache:
     def tensors(self) -> dict[str, Tensor]:
         if not self._blocks:
             return {}
-        return {"keys": self.keys, "values": self.values}
+        return {"keys": self.pool.keys[self._table()], "values": self.pool.values[self._table()]}
 
     def detach(self) -> Self:
         """The same cache, which never has a gradient history."""
