@@ -7,7 +7,7 @@ Shape letters: B batch, N query tokens, M key tokens, H query heads, G key/value
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -112,13 +112,17 @@ class AttentionOp(Protocol):
     ) -> Tensor: ...
 
 
-@runtime_checkable
 class StreamingOp(AttentionOp, Protocol):
     """An attention op that needs no key/value cache because its past fits a state of its own."""
 
     def initial_state(self, batch_size: int) -> Any: ...
 
     def stream(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+def streams_itself(op: AttentionOp) -> TypeGuard[StreamingOp]:
+    """Whether an op is a StreamingOp; asked for every token, so without isinstance, which is slow for protocols."""
+    return hasattr(op, "initial_state")
 
 
 class State(Protocol):

@@ -98,7 +98,7 @@ def predict_training_bytes(
     - the feed-forward network: its inner width before and after the GELU, 2 T F e;
     - "dense": the weights of all scores, B H N^2 in float32 or wider, and once more in a narrower dtype, B H N^2 e;
     - "flash": a log-sum-exp a query and head, T H * 4; "flash_tiled": that, and the output once more, T C e;
-    - rotary: the cosines and sines of queries and of keys, 2 N D e; "flash" also the output once more, T C e, for
+    - rotary: cosines and sines, N D e, one pair for queries and keys; "flash" also the output once more, T C e, for
       turned queries lie head by head in memory, and so does then, on the CPU, what its kernel keeps.
 
     The last norm saves 2 T C e and 2 T * 4, the loss the log-probabilities, T V in float32. Scratch is the gradient of
@@ -151,7 +151,7 @@ def _layer_bytes(size: DecoderSize, batch_size: int, seq_len: int, element: int,
     stream = num_tokens * size.embed_dim * element
     saved = (4 + 4 + 2 * size.expansion) * stream + 4 * num_tokens * _STATISTIC
     if size.rotary:
-        saved += 2 * seq_len * (size.embed_dim // num_heads) * element
+        saved += seq_len * (size.embed_dim // num_heads) * element
     if attention == "dense":
         num_scores = batch_size * num_heads * seq_len**2
         saved += num_scores * (element if element >= _STATISTIC else _STATISTIC + element)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple, require_positive
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.slots import token_positions
+from transformer_problems.kernels.linear import Linear, linear
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.stack import StackState
 from transformer_problems.solutions.attention.self_attention import SelfAttention
@@ -162,9 +163,9 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate = nn.Linear(embed_dim, feed_forward_dim, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(embed_dim, feed_forward_dim, bias=False, device=device, dtype=dtype)
-        self.down = nn.Linear(feed_forward_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.gate = Linear(embed_dim, feed_forward_dim, bias=False, device=device, dtype=dtype)
+        self.up = Linear(embed_dim, feed_forward_dim, bias=False, device=device, dtype=dtype)
+        self.down = Linear(feed_forward_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
@@ -217,9 +218,7 @@ class LlamaDecoder(nn.Module):
         )
         self.norm = norm(width, device=device, dtype=dtype)
         self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(width, config.vocab_size, bias=False, device=device, dtype=dtype)
+            None if config.tie_embeddings else Linear(width, config.vocab_size, bias=False, device=device, dtype=dtype)
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -248,7 +247,7 @@ class LlamaDecoder(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return nn.functional.linear(self.norm(x), weight)
+        return linear(self.norm(x), weight)
 
 
 def load_llama(

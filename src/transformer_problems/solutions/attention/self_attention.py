@@ -13,9 +13,10 @@ from transformer_problems.core.slots import (
     AttentionOp,
     CacheFactory,
     PositionEncoding,
-    StreamingOp,
+    streams_itself,
     token_positions,
 )
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -71,16 +72,16 @@ class SelfAttention(nn.Module):
         self.embed_dim, self.head_dim = embed_dim, embed_dim // num_heads
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=is_causal)
-        if cache is not None and isinstance(self.op, StreamingOp):
+        if cache is not None and streams_itself(self.op):
             raise CombinationError(
                 f"{type(self.op).__name__} keeps a state of its own and would never use a cache. Pass cache=None."
             )
         self.cache = cache
         kv_dim = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         self._check_input(x)
@@ -105,7 +106,7 @@ class SelfAttention(nn.Module):
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token: an empty cache, or the op's own."""
         check_start(batch_size, self.position, is_causal=self.is_causal)
-        if isinstance(self.op, StreamingOp):
+        if streams_itself(self.op):
             return self.op.initial_state(batch_size)
         if self.cache is not None:
             return self.cache(batch_size)
@@ -123,11 +124,12 @@ class SelfAttention(nn.Module):
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)
         q, k, v = self._project(x)
         q_rotated, k_rotated = rotate(self.position, q, k, positions, positions)
-        if isinstance(self.op, StreamingOp):
+        if streams_itself(self.op):
             y, state = self.op.stream(q_rotated, k_rotated, v, state)
             return self.out_proj(merge_heads(y)), state
         state = state.append(k_rotated, v)
-        bias = bias_of(self.position, q, positions, state.positions)
+        biases = self.position is not None and self.position.biases  # otherwise the positions held need not be told
+        bias = bias_of(self.position, q, positions, state.positions) if biases else None
         y = self.op(q_rotated, state.keys, state.values, bias=bias, is_causal=True)
         return self.out_proj(merge_heads(y)), state.trimmed()
 

@@ -35,7 +35,7 @@ class RotaryEmbedding(PositionEncoding):
 
     def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         inverse_frequency = inverse_frequencies(self.head_dim, self.base, q.device)
-        return turn(q, q_positions, inverse_frequency), turn(k, k_positions, inverse_frequency)
+        return turn(q, k, q_positions, k_positions, inverse_frequency)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, base={self.base:g}"
@@ -47,10 +47,33 @@ def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> Ten
     return base**-exponents
 
 
-def turn(x: Tensor, positions: Tensor, inverse_frequency: Tensor, *, magnitude: float = 1.0) -> Tensor:
-    """x [..., H, N, D] with each half-pair turned by positions [..., N] times its frequency."""
-    angles = positions[..., None].to(inverse_frequency.dtype) * inverse_frequency  # [..., N, D/2]
-    cos = (angles.cos() * magnitude).unsqueeze(-3).to(x.dtype)
-    sin = (angles.sin() * magnitude).unsqueeze(-3).to(x.dtype)
+def turn(
+    q: Tensor,
+    k: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    inverse_frequency: Tensor,
+    *,
+    magnitude: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """q [..., H, N, D] and k [..., G, M, D] with each half-pair turned by positions times its frequency."""
+    turning = _turning(q_positions, inverse_frequency, magnitude, q.dtype)
+    shared = k_positions is q_positions and k.dtype == q.dtype  # as in every layer whose keys are its own tokens'
+    k_turning = turning if shared else _turning(k_positions, inverse_frequency, magnitude, k.dtype)
+    return _turned(q, *turning), _turned(k, *k_turning)
+
+
+def _turning(
+    positions: Tensor, inverse_frequency: Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [..., N], each [..., 1, N, D/2]."""
+    angles = (positions[..., None].to(inverse_frequency.dtype) * inverse_frequency).unsqueeze(-3)
+    cos, sin = angles.cos(), angles.sin()
+    if magnitude != 1.0:
+        cos, sin = cos * magnitude, sin * magnitude
+    return cos.to(dtype), sin.to(dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

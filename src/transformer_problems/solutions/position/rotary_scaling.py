@@ -82,10 +82,7 @@ class ScaledRotaryEmbedding(PositionEncoding):
 
     def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         frequency = self._frequencies(q.device, q_positions, k_positions)
-        return (
-            turn(q, q_positions, frequency, magnitude=self.attention_factor),
-            turn(k, k_positions, frequency, magnitude=self.attention_factor),
-        )
+        return turn(q, k, q_positions, k_positions, frequency, magnitude=self.attention_factor)
 
     def extra_repr(self) -> str:
         return (

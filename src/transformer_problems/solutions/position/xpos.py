@@ -55,9 +55,8 @@ class XPos(PositionEncoding):
 
     def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         inverse_frequency = inverse_frequencies(self.head_dim, self.base, q.device)
-        q = turn(q, q_positions, inverse_frequency) * self._scale(q_positions, q.dtype)
-        k = turn(k, k_positions, inverse_frequency) / self._scale(k_positions, k.dtype)
-        return q, k
+        q, k = turn(q, k, q_positions, k_positions, inverse_frequency)
+        return q * self._scale(q_positions, q.dtype), k / self._scale(k_positions, k.dtype)
 
     def reach(self, dtype: torch.dtype) -> float:
         """Positions to either side of the centre whose factors use at most a third of the dtype's exponents.
