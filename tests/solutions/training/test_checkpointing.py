@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
@@ -51,6 +52,28 @@ def test_outputs_and_gradients_are_the_same_bits(every: int, is_causal: bool) ->
         y, grads = gradients(model, tokens, key_mask=mask)
     assert torch.equal(y, plain)
     assert all(map(torch.equal, grads, plain_grads))
+
+
+@pytest.mark.parametrize(("every", "num_segments"), [(1, 6), (2, 3), (3, 2)])
+def test_equals_checkpoint_sequential_of_torch(every: int, num_segments: int) -> None:
+    """PyTorch's own helper over the same layers: the same gradients, and as many runs of each layer."""
+    model, tokens = build(6), draw()
+    runs: list[nn.Module] = []
+    for block in model.body.blocks:
+        block.feed_forward_norm.register_forward_hook(lambda module, *_: runs.append(module))
+    with checkpoint_layers(model, every=every):
+        y, grads = gradients(model, tokens)
+    ours = sorted(runs.count(block.feed_forward_norm) for block in model.body.blocks)
+    runs.clear()
+    model.zero_grad(set_to_none=True)
+    x = model.body.embed(tokens, token_positions(tokens.shape[1], tokens.device))
+    hidden = checkpoint_sequential(model.body.blocks, num_segments, x, use_reentrant=False)
+    theirs = nn.functional.linear(model.body.norm(hidden), model.body.embedding.weight)
+    theirs.square().mean().backward()
+    assert torch.equal(y, theirs)
+    assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+    # PyTorch leaves its last segment without a checkpoint
+    assert sum(ours) - every == sum(runs.count(block.feed_forward_norm) for block in model.body.blocks)
 
 
 def test_dropout_draws_the_same_numbers_again() -> None:
