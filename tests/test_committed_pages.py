@@ -41,3 +41,10 @@ def test_every_measured_pair_has_a_verdict_and_every_verdict_a_measurement() -> 
     measured = {t.key for t in CATALOGUE.treatments if t.status == "measured"}
     leads = {f"{n:02d}/{row.arm.solution}" for n, s in SUMMARIES.items() for row in s.rows if row.arm.lead}
     assert measured == leads
+
+
+@pytest.mark.parametrize("number", SUMMARIES)
+def test_no_column_is_empty(number: int) -> None:
+    summary = SUMMARIES[number]
+    empty = [c.label for i, c in enumerate(summary.columns) if all(row.cells[i] is None for row in summary.rows)]
+    assert not empty, "nothing was measured at the x that these columns show"

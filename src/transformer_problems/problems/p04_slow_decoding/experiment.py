@@ -162,9 +162,9 @@ class SlowDecoding:
         Column("flops_per_token", f"FLOPs a token after {_HISTORIES[0]}", at=float(_HISTORIES[0]), better="lower"),
         Column("flops_per_token", "at longest", at="last", better="lower"),
         Column("tokens_changed", "share of tokens changed", at="last", better="lower", digits=2),
-        Column("acceptance", "drafted tokens accepted", at="last", better="higher", digits=2),
-        Column("speedup", "gain over the cache", at="last", better="higher"),
-        Column("predicted_speedup", "the same, predicted", at="last", better="higher"),
+        Column("acceptance", "drafted tokens accepted", at=float(_HISTORIES[-1]), better="higher", digits=2),
+        Column("speedup", "gain over the cache", at=float(_HISTORIES[-1]), better="higher"),
+        Column("predicted_speedup", "the same, predicted", at=float(_HISTORIES[-1]), better="higher"),
         Column("bits_per_byte", "bits/byte", at="last", better="lower"),
     )
     gains = (
