@@ -294,3 +294,12 @@ def test_retrieval_reaches_far_beyond_any_window() -> None:
         index.add(filler)
         prompt = RetrievalAugmented(index, num_passages=1).prompt("what does the lighthouse keeper hide?", max_len=200)
         assert "77312" in prompt.text
+
+
+@pytest.mark.parametrize("passages", ["hello", ["fine", 1]])
+def test_what_is_no_list_of_strings_is_refused_and_nothing_is_added(kind: str, passages: object) -> None:
+    index = INDICES[kind]()
+    index.add(PASSAGES)
+    with pytest.raises(ArgumentError, match="passages must be a list of strings"):
+        index.add(passages)  # type: ignore[arg-type]
+    assert len(index) == len(PASSAGES)

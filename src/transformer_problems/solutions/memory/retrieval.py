@@ -111,6 +111,7 @@ class VectorIndex:
 
     def add(self, passages: Sequence[str]) -> None:
         """Embed and store more passages."""
+        _require_strings(passages)
         if not passages:
             return
         vectors = self._unit_vectors(passages)
@@ -201,6 +202,7 @@ class BM25Index:
 
     def add(self, passages: Sequence[str]) -> None:
         """Store more passages and index all of them."""
+        _require_strings(passages)
         self._passages.extend(passages)
         corpus = [self._tokenize(passage) for passage in self._passages]
         if any(corpus):
@@ -228,6 +230,13 @@ class BM25Index:
         index = cls(tokenize, k1=k1, b=b)
         index.add(passages)
         return index
+
+
+def _require_strings(passages: Sequence[str]) -> None:
+    if not isinstance(passages, list | tuple) or not all(isinstance(passage, str) for passage in passages):
+        raise ArgumentError(
+            f"passages must be a list of strings; got {type(passages).__name__}. Pass [text], or chunk_text(text, 100)."
+        )
 
 
 def _require_passages(count: int) -> None:
