@@ -1,11 +1,11 @@
 """One Transformer layer: a token mixer and a feed-forward network, each behind a norm and a skip."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.slots import TokenMixer
+from transformer_problems.core.slots import StreamingMixer, TokenMixer
 
 
 class PartFactory(Protocol):
@@ -77,7 +77,10 @@ class TransformerBlock(nn.Module):
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
+    def initial_state(self, batch_size: int) -> Any:
+        return cast("StreamingMixer", self.mixer).initial_state(batch_size)
+
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mixed, state = self.mixer.stream(self.mixer_norm(x), state)  # type: ignore[attr-defined]
+        mixed, state = cast("StreamingMixer", self.mixer).stream(self.mixer_norm(x), state)
         x = x + mixed
         return x + self.feed_forward(self.feed_forward_norm(x)), state

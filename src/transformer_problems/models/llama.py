@@ -17,7 +17,7 @@ from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.slots import token_positions
 from transformer_problems.kernels.linear import Linear, linear
 from transformer_problems.models.block import TransformerBlock
-from transformer_problems.models.stack import StackState
+from transformer_problems.models.stack import StackState, TransformerLayers, check_state, check_tokens
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 
@@ -198,7 +198,7 @@ class LlamaDecoder(nn.Module):
         norm = partial(nn.RMSNorm, eps=config.norm_eps)
         position = RotaryEmbedding(head_dim, base=config.rotary_base)
         self.embedding = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(
+        self.blocks = TransformerLayers(
             TransformerBlock(
                 width,
                 SelfAttention(
@@ -225,25 +225,21 @@ class LlamaDecoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_tokens(tokens, key_mask)
         if positions is None:
             positions = token_positions(tokens.shape[1], tokens.device)
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, key_mask=key_mask, positions=positions)
-        return self._logits(x)
+        return self._logits(self.blocks(self.embedding(tokens), key_mask=key_mask, positions=positions))
 
     def initial_state(self, batch_size: int) -> StackState:
         """The state before the first token: an empty cache for each layer."""
-        return StackState(tuple(block.mixer.initial_state(batch_size) for block in self.blocks))  # type: ignore[operator,union-attr]
+        return self.blocks.initial_state(batch_size)
 
     def stream(self, tokens: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         """Logits of the next chunk, [B, n] -> [B, n, V], and the state after it."""
-        x = self.embedding(tokens)
-        layers = []
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            x, layer_state = block.stream(x, layer_state)  # type: ignore[operator]
-            layers.append(layer_state)
-        return self._logits(x), StackState(tuple(layers), state.num_seen + tokens.shape[1])
+        check_tokens(tokens)
+        check_state(state)
+        x, state = self.blocks.stream(self.embedding(tokens), state)
+        return self._logits(x), state
 
     def _logits(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

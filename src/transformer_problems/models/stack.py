@@ -1,8 +1,8 @@
 """Token embedding, a stack of layers and a final norm: the body that decoder and encoder share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,34 @@ class StackState:
 
     def detach(self) -> Self:
         return type(self)(tuple(layer.detach() for layer in self.layers), self.num_seen)
+
+
+class TransformerLayers(nn.ModuleList):
+    """Layers that run one after the other.
+
+    Shape:
+        x: [B, N, C]; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
+    """
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None, positions: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, key_mask=key_mask, positions=positions)
+        return x
+
+    def initial_state(self, batch_size: int) -> StackState:
+        """The state before the first token: whatever each layer's mixer needs."""
+        return StackState(tuple(block.initial_state(batch_size) for block in self._blocks()))
+
+    def stream(self, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+        """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        states = []
+        for block, block_state in zip(self._blocks(), state.layers, strict=True):
+            x, block_state = block.stream(x, block_state)
+            states.append(block_state)
+        return x, StackState(tuple(states), state.num_seen + x.shape[1])
+
+    def _blocks(self) -> Iterable[TransformerBlock]:
+        return cast("Iterable[TransformerBlock]", self)
 
 
 class TransformerStack(nn.Module):
@@ -94,20 +122,17 @@ class TransformerStack(nn.Module):
         nn.init.normal_(self.embedding.weight, std=embed_dim**-0.5)
         self.position = position
         self.sample_positions = sample_positions
-        self.blocks = nn.ModuleList(
+        self.blocks = TransformerLayers(
             TransformerBlock(embed_dim, _checked(mixer(), embed_dim, is_causal), device=device, dtype=dtype)
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        _check_tokens(tokens)
-        check_key_mask(key_mask, tokens)
+        check_tokens(tokens, key_mask)
         if positions is None:
             positions = self.choose_positions(tokens.shape[1], tokens.device)
-        x = self.embed(tokens, positions)
-        for block in self.blocks:
-            x = block(x, key_mask=key_mask, positions=positions)
+        x = self.blocks(self.embed(tokens, positions), key_mask=key_mask, positions=positions)
         y: Tensor = self.norm(x)
         return y
 
@@ -116,19 +141,14 @@ class TransformerStack(nn.Module):
             raise CombinationError(
                 "positions sampled for the whole sequence cannot be streamed. Call forward on the whole sequence."
             )
-        return StackState(tuple(block.mixer.initial_state(batch_size) for block in self.blocks))  # type: ignore[operator,union-attr]
+        return self.blocks.initial_state(batch_size)
 
     def stream(self, tokens: Tensor, state: StackState) -> tuple[Tensor, StackState]:
-        _check_tokens(tokens)
-        if not isinstance(state, StackState):
-            raise ArgumentError(f"state must come from initial_state or an earlier stream; got {state!r}.")
+        check_tokens(tokens)
+        check_state(state)
         positions = token_positions(tokens.shape[1], tokens.device, start=state.num_seen)
-        x = self.embed(tokens, positions)
-        layers = []
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            x, layer_state = block.stream(x, layer_state)  # type: ignore[operator]
-            layers.append(layer_state)
-        return self.norm(x), StackState(tuple(layers), state.num_seen + tokens.shape[1])
+        x, state = self.blocks.stream(self.embed(tokens, positions), state)
+        return self.norm(x), state
 
     def choose_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """The positions of a sequence when the caller gives none, [N]."""
@@ -153,9 +173,25 @@ def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:
     return mixer
 
 
-def _check_tokens(tokens: Tensor) -> None:
+def check_tokens(tokens: Tensor, key_mask: Tensor | None = None) -> None:
+    """Refuse what is no batch of tokens, or no key mask of them.
+
+    Raises:
+        ArgumentError: Unless tokens are whole numbers [B, N], and the mask None or bool [B, N].
+    """
     if tokens.dim() != 2 or tokens.is_floating_point():
         raise ArgumentError(
             f"tokens must be whole numbers [B, N]; got {tokens.dtype} {list(tokens.shape)}. "
             "Give one sequence as tokens[None]."
         )
+    check_key_mask(key_mask, tokens)
+
+
+def check_state(state: StackState) -> None:
+    """Refuse what is no state of a stack, such as a None in its place.
+
+    Raises:
+        ArgumentError: Unless it is one.
+    """
+    if not isinstance(state, StackState):
+        raise ArgumentError(f"state must come from initial_state or an earlier stream; got {state!r}.")
