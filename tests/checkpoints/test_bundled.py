@@ -90,6 +90,8 @@ def test_transformers_reads_model_and_tokenizer(name: BundledName) -> None:
 def test_unknown_names_list_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="unknown bundled checkpoint 'drift'. Nearest: draft"):
         bundled("drift")
+    with pytest.raises(UnknownNameError, match="unknown bundled checkpoint 'gpt2'. Known: base, draft.$"):
+        load_bundled("gpt2")  # type: ignore[arg-type]
 
 
 def test_the_script_makes_whole_folders_again_from_the_same_seed(script: ModuleType, tmp_path: Path) -> None:

@@ -223,5 +223,11 @@ def test_wrong_arguments_are_refused() -> None:
         predict_training_bytes(size, batch_size=1, seq_len=1, optimizer="adam")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="seq_len must be positive; got 0"):
         predict_training_bytes(size, batch_size=1, seq_len=0)
+    with pytest.raises(ArgumentError, match="seq_len must be a positive whole number; got 1.5"):
+        predict_training_bytes(size, batch_size=1, seq_len=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="num_tokens must be a positive whole number; got 1.5"):
+        predict_cache_bytes(size, batch_size=1, num_tokens=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="expansion must be a positive whole number; got '4'"):
+        DecoderSize(1, 8, 2, 3, expansion="4")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="num_heads must be a multiple of num_kv_heads; got 2 and 3"):
         DecoderSize(1, 8, 2, 3, num_kv_heads=3)

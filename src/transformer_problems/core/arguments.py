@@ -48,3 +48,10 @@ def require_multiple_of(name: str, value: int, step: int, reason: str) -> None:
         below = value - value % step
         nearest = f"{below} or {below + step}" if below else str(step)
         raise ArgumentError(f"{name} must be a multiple of {step}, {reason}; got {value}. Choose {nearest}.")
+
+
+def require_share(**values: float) -> None:
+    """Raise ArgumentError unless every value is a number from 0 to 1."""
+    for name, value in values.items():
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise ArgumentError(f"{name} must be a share from 0 to 1; got {value!r}.")

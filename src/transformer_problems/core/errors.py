@@ -2,12 +2,13 @@
 
 TransformerProblemsError
 ├── ArgumentError (ValueError)          a parameter breaks a rule
-│   ├── UnknownNameError                a name nobody has; the nearest ones are listed
+│   ├── UnknownNameError                a name nobody has; the nearest, or the few there are, are listed
 │   ├── SequenceTooLongError            longer than a fixed-length method allows
 │   └── CombinationError                two parts that do not fit each other
 ├── CatalogueError                      the catalogue, or what a package adds to it, breaks its form
 ├── MissingDependencyError (ImportError) an optional package is not installed
 ├── KernelBuildError                    a compiled kernel cannot be built or loaded on this machine
+├── DivergedError                       training met a number that is not finite
 ├── DeviceError                         a device that this machine does not have
 ├── ContractError (AssertionError)      a module breaks the contract of its slot
 ├── OutputError                         a folder or file that cannot be written
@@ -28,6 +29,9 @@ class ArgumentError(TransformerProblemsError, ValueError):
     """A parameter breaks a rule; the message names it, the rule, the value and the remedy."""
 
 
+_FEW = 8  # names that a message has room for; the catalogue, which has more, is listed by a command
+
+
 class UnknownNameError(ArgumentError):
     """A name that is not among the known ones.
 
@@ -39,8 +43,12 @@ class UnknownNameError(ArgumentError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         self.kind, self.name = kind, name
-        self.nearest = get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
-        hint = f"Nearest: {', '.join(self.nearest)}." if self.nearest else "See `transformer-problems list`."
+        names = list(known)
+        self.nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        if self.nearest:
+            hint = f"Nearest: {', '.join(self.nearest)}."
+        else:
+            hint = f"Known: {', '.join(names)}." if len(names) <= _FEW else "See `transformer-problems list`."
         super().__init__(f"unknown {kind} {name!r}. {hint}")
 
 
@@ -62,6 +70,10 @@ class MissingDependencyError(TransformerProblemsError, ImportError):
 
 class KernelBuildError(TransformerProblemsError):
     """A C++ kernel cannot be compiled, kept or loaded on this machine."""
+
+
+class DivergedError(TransformerProblemsError):
+    """Training met a loss or a gradient that is not finite; the message says at which step, and where it began."""
 
 
 class DeviceError(TransformerProblemsError):

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from transformer_problems.core.arguments import require_multiple, require_positive
+from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import UnknownNameError
 
 AttentionKind = Literal["dense", "flash", "flash_tiled", "memory_efficient"]
@@ -38,7 +38,7 @@ class DecoderSize:
     rotary: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(num_layers=self.num_layers, vocab_size=self.vocab_size, expansion=self.expansion)
+        require_positive_int(num_layers=self.num_layers, vocab_size=self.vocab_size, expansion=self.expansion)
         require_multiple("embed_dim", self.embed_dim, "num_heads", self.num_heads)
         require_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads or self.num_heads)
 
@@ -120,7 +120,7 @@ def predict_training_bytes(
         Korthikanti et al. 2022, arXiv:2205.05198, section 4, counts a layer in the same way.
         Differs from the paper: the layers are this package's, without dropout, and dtypes vary.
     """
-    require_positive(batch_size=batch_size, seq_len=seq_len)
+    require_positive_int(batch_size=batch_size, seq_len=seq_len)
     if optimizer not in _MOMENTS:
         raise UnknownNameError("optimizer", optimizer, _MOMENTS)
     if attention not in get_args(AttentionKind):
@@ -135,7 +135,7 @@ def predict_training_bytes(
         activations, released = size.num_layers * layer + head, released + head
     else:
         every = max(1, round(math.sqrt(size.num_layers))) if checkpoint_every == "sqrt" else checkpoint_every
-        require_positive(checkpoint_every=every)
+        require_positive_int(checkpoint_every=every)
         inputs = math.ceil(size.num_layers / every) * stream
         activations = inputs + max(head, min(every, size.num_layers) * layer)
     scratch = max(size.vocab_size * statistics, (size.expansion + 1) * stream)
@@ -179,7 +179,7 @@ def predict_cache_bytes(
     Raises:
         ArgumentError: If a size is not positive.
     """
-    require_positive(batch_size=batch_size, num_tokens=num_tokens)
+    require_positive_int(batch_size=batch_size, num_tokens=num_tokens)
     held = num_tokens if lookback is None else min(num_tokens, num_sinks + lookback)
     return 2 * size.num_layers * batch_size * size.kv_dim * held * dtype.itemsize
 
@@ -202,7 +202,7 @@ def predict_rounded_cache_bytes(
     Raises:
         ArgumentError: If a size is not positive.
     """
-    require_positive(batch_size=batch_size, num_tokens=num_tokens, group_size=group_size)
+    require_positive_int(batch_size=batch_size, num_tokens=num_tokens, group_size=group_size)
     num_groups = max(0, num_tokens - num_recent) // group_size
     num_rounded = num_groups * group_size
     num_kv_heads = size.num_kv_heads or size.num_heads

@@ -163,7 +163,9 @@ def test_one_window_as_long_as_the_data():
     assert sample_windows(data, num=1, length=5, generator=torch.Generator()).tolist() == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize(("num", "length", "message"), [(1, 6, "5 bytes"), (0, 2, "num"), (1, 0, "length")])
+@pytest.mark.parametrize(
+    ("num", "length", "message"), [(1, 6, "5 bytes"), (0, 2, "num"), (1, 0, "length"), (1.5, 2, "num")]
+)
 def test_impossible_windows_are_refused(num, length, message):
     data = torch.zeros(5, dtype=torch.uint8)
     with pytest.raises(ArgumentError, match=message):

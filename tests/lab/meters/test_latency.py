@@ -82,3 +82,9 @@ def test_a_failing_function_leaves_garbage_collection_on():
 def test_counts_and_times_must_be_positive(argument):
     with pytest.raises(ArgumentError, match=argument):
         measure_latency(lambda: None, device="cpu", **{argument: 0})
+
+
+@pytest.mark.parametrize("argument", ["repeats", "warmup"])
+def test_counts_must_be_whole(argument):
+    with pytest.raises(ArgumentError, match=f"{argument} must be a positive whole number; got 1.5"):
+        measure_latency(lambda: None, device="cpu", **{argument: 1.5})

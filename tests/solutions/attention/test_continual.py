@@ -170,6 +170,8 @@ def test_a_streamed_token_costs_and_holds_the_same_after_any_history() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ArgumentError, match="window_len must be at least 2; got 1"):
         ContinualAttention(WIDTH, HEADS, window_len=1)
+    with pytest.raises(ArgumentError, match="window_len must be a positive whole number; got 5.5"):
+        RetroactiveAttention(WIDTH, HEADS, window_len=5.5)  # type: ignore[arg-type]
     with pytest.raises(CombinationError, match="ALiBi adds a bias to the scores"):
         RetroactiveAttention(WIDTH, HEADS, window_len=4, position=ALiBi(HEADS))
     layer = build(4)

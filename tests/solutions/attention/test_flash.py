@@ -268,3 +268,5 @@ def test_wrong_arguments_are_refused() -> None:
         FlashAttention(backend="tile")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="block_size must be positive; got 0"):
         FlashAttention(block_size=0)
+    with pytest.raises(ArgumentError, match="block_size must be a positive whole number; got 5.5"):
+        FlashAttention(block_size=5.5)  # type: ignore[arg-type]

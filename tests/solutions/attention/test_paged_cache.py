@@ -1,5 +1,7 @@
 """PagedKVCache: what it holds equals a plain cache, pages are shared, copied and given back, capacity is a rule."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,11 +123,19 @@ def test_a_layer_keeps_the_contract(op: SlidingWindow | None) -> None:
 
 def test_what_does_not_fit_the_pool_is_refused() -> None:
     cache = PagedKVCache.empty(BATCH, pool=make_pool())
-    narrow = torch.zeros(BATCH, GROUPS, 3, DIM - 1)
-    with pytest.raises(ArgumentError, match=r"k and v must be \[2, 2, 3, 4\] for this pool; got \[2, 2, 3, 3\]"):
-        cache.append(narrow, narrow)
-    with pytest.raises(ArgumentError, match="k must be torch.float32 on cpu as the pool is; got torch.float64"):
-        cache.append(tokens(1).double(), tokens(1).double())
+    good = tokens(3)
+    narrow, grouped, flat = good[..., : DIM - 1], good[:, :1], good[..., 0]
+    misfits = [(x, x) for x in (narrow, grouped, flat, good[:1])]
+    misfits += [(good, x) for x in (narrow, grouped, flat, good[:1], good[:, :, :2])]
+    for k, v in misfits:
+        shapes = re.escape(f"{list(k.shape)} and {list(v.shape)}")
+        with pytest.raises(ArgumentError, match=rf"k and v must both be \[2, 2, n, 4\] for this pool; got {shapes}"):
+            cache.append(k, v)
+    for other, got in ((good.double(), "torch.float64 on cpu"), (good.to("meta"), "torch.float32 on meta")):
+        for name, k, v in (("k", other, other), ("v", good, other)):
+            with pytest.raises(ArgumentError, match=f"{name} must be torch.float32 on cpu as the pool is; got {got}"):
+                cache.append(k, v)
+    assert cache.pool.num_free == cache.pool.num_pages
     with pytest.raises(ArgumentError, match="must not need gradients"):
         cache.append(tokens(1).requires_grad_(), tokens(1))
     with pytest.raises(ArgumentError, match="page_size must be positive; got 0"):

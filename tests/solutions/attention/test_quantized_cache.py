@@ -65,6 +65,18 @@ def test_other_dtypes_come_back_as_they_went(dtype: torch.dtype) -> None:
     assert ((restored.float() - x.float()).abs() <= step / 2 + 3 * torch.finfo(dtype).eps * 8).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("largest", [1.0, 40_000.0, 65_504.0])
+def test_ranges_beyond_the_largest_float16_keep_the_stated_error(largest: float, bits: Bits) -> None:
+    x = (tokens(40, dtype=torch.float32).clamp(-3, 3) / 3 * largest).half()
+    x[..., 0], x[..., 1] = largest, -largest  # the range, 2 * largest, may be more than float16 holds
+    restored = RoundedTensor.of(x, bits=bits, dim=-1).restored()
+    assert restored.dtype == torch.float16 and bool(restored.isfinite().all())
+    step, eps = 2 * largest / (2**bits - 1), torch.finfo(torch.float16).eps
+    # half a step; the scale is rounded by eps / 2, in up to 2^bits - 1 steps, and so is the result
+    assert ((restored.float() - x.float()).abs() <= step / 2 + eps / 2 * 2 * largest + eps / 2 * largest).all()
+
+
 @settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
@@ -160,6 +172,29 @@ def test_a_layer_keeps_the_contract_within_the_rounding(bits: Bits, tolerance: f
     check_mixer(layer, embed_dim=16, stream_tolerance=tolerance)
 
 
+def test_keys_and_values_of_different_shapes_are_refused() -> None:
+    cache, k = QuantizedKVCache.empty(BATCH), tokens(3)
+    for v in (k[:, :, :2], k[:, :1], k[..., :4], k[0], k[:1]):
+        with pytest.raises(ArgumentError, match=r"k and v must both be \[B, G, n, D\]; got \[2, 2, 3, 8\] and"):
+            cache.append(k, v)
+    with pytest.raises(ArgumentError, match=r"k and v must both be \[B, G, n, D\]; got \[2, 2, 3\]"):
+        cache.append(k[..., 0], k[..., 0])
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_what_does_not_continue_the_tokens_held_is_refused(trimmed: bool) -> None:
+    cache = QuantizedKVCache.empty(BATCH, group_size=4, num_recent=0).append(tokens(8), tokens(8))
+    cache = cache.trimmed() if trimmed else cache
+    for other in (tokens(1)[:, :1], tokens(1)[..., :4], tokens(1).float(), tokens(1, dtype=torch.float64).to("meta")):
+        with pytest.raises(
+            ArgumentError, match=r"k must continue the \[2, 2, [08], 8\] torch.float64 on cpu held; got"
+        ):
+            cache.append(other, other)
+    with pytest.raises(ArgumentError, match=r"v must continue the .* torch.float64 on cpu held; got .*float32"):
+        cache.append(tokens(1), tokens(1).float())
+    assert len(cache) == 8 and len(cache.append(tokens(1), tokens(1))) == 9
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ArgumentError, match="bits must be 8 or 4; got 2"):
         QuantizedKVCache.empty(1, bits=2)  # type: ignore[arg-type]
@@ -167,6 +202,8 @@ def test_wrong_arguments_are_refused() -> None:
         QuantizedKVCache.empty(1, group_size=0)
     with pytest.raises(ArgumentError, match="num_recent must not be negative; got -1"):
         QuantizedKVCache.empty(1, num_recent=-1)
+    with pytest.raises(ArgumentError, match="num_recent must be a whole number; got 1.5"):
+        QuantizedKVCache.empty(1, num_recent=1.5)  # type: ignore[arg-type]
     odd = torch.zeros(1, 1, 1, 3)
     with pytest.raises(ArgumentError, match="head_dim must be even for bits=4; got 3"):
         QuantizedKVCache.empty(1, bits=4).append(odd, odd)

@@ -162,6 +162,9 @@ def test_refusals() -> None:
         SparseAttention(4, num_summary=2)
     with pytest.raises(ArgumentError, match="num_summary must be from 1 to stride"):
         SparseAttention(4, pattern="fixed", num_summary=5)
+    for num_summary in (0, 1.5):
+        with pytest.raises(ArgumentError, match=f"num_summary must be .*positive.*; got {num_summary}"):
+            SparseAttention(4, pattern="fixed", num_summary=num_summary)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="number of queries"):
         SparseAttention(4)(q, k[..., :3, :], v[..., :3, :])
     with pytest.raises(ArgumentError, match="key mask"):

@@ -139,15 +139,43 @@ def test_forbidden_tokens_are_allowed_to_be_so() -> None:
 
 def test_callers_mistakes_are_one_clear_error() -> None:
     model, prompt = build(), draw_prompt(3)
-    for empty in (prompt[:, :0], prompt[:0], prompt[0]):
+    for empty in (prompt[:, :0], prompt[:0]):
         with pytest.raises(ArgumentError, match=r"prompt must be \[B, N\] with at least one token.*start token"):
             generate(model, empty, 3)
+    for shaped in (prompt[0], prompt[None]):
+        with pytest.raises(ArgumentError, match=rf"prompt must be \[B, N\]; got .*{shaped.shape[-1]}\]. Pass one text"):
+            generate(model, shaped, 3)
+    for typed in (prompt.float(), prompt.bool(), prompt.to(torch.uint8)):
+        with pytest.raises(ArgumentError, match=f"prompt must hold tokens as torch.int64 or .*; got {typed.dtype}"):
+            generate(model, typed, 3)
     with pytest.raises(ArgumentError, match="max_new_tokens must be positive; got 0"):
         generate(model, prompt, 0)
+    with pytest.raises(ArgumentError, match="max_new_tokens must be a positive whole number; got 2.5"):
+        generate(model, prompt, 2.5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="temperature must not be negative; got -1"):
         generate(model, prompt, 1, temperature=-1)
     with pytest.raises(ArgumentError, match="temperature 0.5 needs a generator"):
         generate(model, prompt, 1, temperature=0.5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("model", [build(), Fixed([[0.0] * VOCAB] * VOCAB)], ids=["decoder", "table"])
+def test_tokens_beyond_the_vocabulary_are_refused(model: LanguageModel, use_cache: bool) -> None:
+    with pytest.raises(ArgumentError, match="prompt must hold tokens from 0 to 10, the model's vocabulary; got 11"):
+        generate(model, torch.tensor([[3, VOCAB]]), 2, use_cache=use_cache)
+    with pytest.raises(ArgumentError, match="prompt must hold tokens from 0 on; got -1"):
+        generate(model, torch.tensor([[3, -1]]), 2, use_cache=use_cache)
+
+
+def test_a_models_own_index_error_stays_what_it_is() -> None:
+    model = Fixed([[0.0, 1.0]])  # its logits say two tokens, its table has one row
+    with pytest.raises(IndexError):
+        generate(model, torch.tensor([[0]]), 2)
+
+
+def test_prompts_may_be_int32() -> None:
+    model, prompt = build(), draw_prompt(3)
+    assert torch.equal(generate(model, prompt.int(), 4).tokens, generate(model, prompt, 4).tokens)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -87,6 +87,8 @@ def test_callers_mistakes_are_one_clear_error() -> None:
         mask_predict(Watched(), torch.tensor([[1, 2]]), num_passes=2, mask_token=MASK)
     with pytest.raises(ArgumentError, match="num_passes must be positive; got 0"):
         mask_predict(Watched(), torch.tensor([[MASK]]), num_passes=0, mask_token=MASK)
+    with pytest.raises(ArgumentError, match="num_passes must be a positive whole number; got 1.5"):
+        mask_predict(Watched(), torch.tensor([[MASK]]), num_passes=1.5, mask_token=MASK)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="those of pass 1 hold NaN"):
         mask_predict(
             lambda tokens: torch.full((1, 1, VOCAB), float("nan")),

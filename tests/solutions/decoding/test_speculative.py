@@ -223,6 +223,33 @@ def test_another_vocabulary_is_refused(vocab_size: int) -> None:
         speculative_decode(build(), draft, draw_prompt(1, 9), 5)
 
 
+@pytest.mark.parametrize(
+    ("guess", "got"),
+    [
+        (lambda tokens, num: torch.zeros(1, num + 1, dtype=torch.long), r"\[1, 5\]"),
+        (lambda tokens, num: torch.zeros(2, num, dtype=torch.long), r"\[2, 4\]"),
+        (lambda tokens, num: torch.zeros(num, dtype=torch.long), r"\[4\]"),
+        (lambda tokens, num: torch.zeros(1, num, VOCAB), r"\[1, 4, 7\]"),
+        (lambda tokens, num: torch.zeros(1, num), "torch.float32 on cpu"),
+        (lambda tokens, num: torch.zeros(1, num, dtype=torch.long, device="meta"), "torch.int64 on meta"),
+        (lambda tokens, num: torch.full((1, 2), VOCAB), "tokens from 7 to 7"),
+        (lambda tokens, num: torch.tensor([[1, -1]]), "tokens from -1 to 1"),
+        (lambda tokens, num: [1, 2], "a list"),
+    ],
+)
+def test_a_guess_that_is_none_is_refused(guess: Draft, got: str) -> None:
+    needed = r"tokens from 0 to 6, the target's vocabulary, as torch.int64 \[1, g\] on cpu with g at most 4"
+    with pytest.raises(ArgumentError, match=f"draft must guess {needed}; got {got}\\. Return"):
+        speculative_decode(build(), guess, draw_prompt(1, 5), 9)
+
+
+def test_a_draft_may_guess_nothing() -> None:
+    target, prompt = build(), draw_prompt(2, 5)
+    written = speculative_decode(target, lambda tokens, num: tokens[:, :0], prompt, 6)
+    assert torch.equal(written.tokens, generate(target, prompt, 6).tokens)
+    assert (written.num_passes, written.num_drafted) == (6, 0)
+
+
 def test_a_target_that_cannot_give_tokens_back_is_refused() -> None:
     torch.manual_seed(0)
     target = Decoder(VOCAB, 16, 1, lambda: Mamba(16, state_dim=4)).double()
@@ -234,12 +261,18 @@ def test_callers_mistakes_are_one_clear_error() -> None:
     model, prompt = build(), draw_prompt(1, 3)
     with pytest.raises(ArgumentError, match="prompt must be"):
         speculative_decode(model, model, prompt[:, :0], 3)
+    with pytest.raises(ArgumentError, match="prompt must hold tokens from 0 to 6, the model's vocabulary; got 7"):
+        speculative_decode(model, model, prompt.new_tensor([[1, VOCAB]]), 3)
+    with pytest.raises(ArgumentError, match="num_draft_tokens must be a positive whole number; got 1.5"):
+        speculative_decode(model, model, prompt, 3, num_draft_tokens=1.5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="num_draft_tokens must be positive; got 0"):
         speculative_decode(model, model, prompt, 3, num_draft_tokens=0)
     with pytest.raises(ArgumentError, match="temperature 1 needs a generator"):
         speculative_decode(model, model, prompt, 3, temperature=1)
     with pytest.raises(ArgumentError, match="ngram_size must be positive"):
         PromptLookup(0)
+    with pytest.raises(ArgumentError, match="ngram_size must be a positive whole number; got '3'"):
+        PromptLookup("3")  # type: ignore[arg-type]
     broken = Chain(torch.full((VOCAB, VOCAB), float("nan")))
     with pytest.raises(ArgumentError, match="those of the prompt hold NaN"):
         speculative_decode(broken, model, prompt, 3)

@@ -82,6 +82,8 @@ def test_collisions_cancel_on_average() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ArgumentError, match="dim must be positive; got 0"):
         HashedNgrams(0)
+    with pytest.raises(ArgumentError, match="dim must be a positive whole number; got 8.0"):
+        HashedNgrams(8.0)  # type: ignore[arg-type]
     for sizes in ((0, 3), (4, 3)):
         with pytest.raises(ArgumentError, match="sizes must be two rising numbers from 1"):
             HashedNgrams(8, sizes=sizes)

@@ -70,6 +70,8 @@ def test_wrong_chunks_are_refused() -> None:
         chunk_tokens("abc", 4, 5)
     with pytest.raises(ArgumentError, match="chunk_len must be positive; got 0"):
         chunk_text("abc", 0)
+    with pytest.raises(ArgumentError, match="chunk_len must be a positive whole number; got 2.5"):
+        chunk_tokens("abc", 2.5)  # type: ignore[arg-type]
 
 
 def test_finds_the_passage_that_shares_the_most(index: VectorIndex | BM25Index) -> None:
@@ -92,6 +94,25 @@ def test_vector_scores_are_cosines() -> None:
     assert [hit.index for hit in hits] == expected
     # float32: 8 products of numbers below one
     np.testing.assert_allclose([hit.score for hit in hits], cosines[expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e30, "largest", "smallest"])
+def test_vectors_of_any_length_are_compared_by_their_direction(size: float | str, dtype: type[np.floating]) -> None:
+    factor = {"largest": np.finfo(dtype).max / 8, "smallest": np.finfo(dtype).tiny}.get(size, size)
+    rows = np.random.default_rng(0).normal(size=(20, 8)).clip(-4, 4)
+    sizes = np.where(np.arange(20) % 2, factor, 1.0)[:, None]
+    plain, scaled = (
+        VectorIndex(lambda asked, rows=rows: np.stack([rows[int(text)] for text in asked]))
+        for rows in (rows, (rows * sizes).astype(dtype))
+    )
+    for index in (plain, scaled):
+        index.add([str(i) for i in range(20)])
+    for query in ("4", "7"):  # a short one and a long one
+        expected, hits = plain.search(query, 20), scaled.search(query, 20)
+        assert [hit.index for hit in hits] == [hit.index for hit in expected]
+        # float32: 8 products of numbers below one
+        np.testing.assert_allclose([h.score for h in hits], [h.score for h in expected], atol=1e-6)
 
 
 def test_bm25_scores_are_the_formula() -> None:
@@ -138,6 +159,8 @@ def test_an_empty_index_cannot_be_searched(kind: str) -> None:
 def test_k_must_be_positive(index: VectorIndex | BM25Index) -> None:
     with pytest.raises(ArgumentError, match="k must be positive; got 0"):
         index.search("red", 0)
+    with pytest.raises(ArgumentError, match="k must be a positive whole number; got '3'"):
+        index.search("red", "3")  # type: ignore[arg-type]
 
 
 def test_saved_and_loaded_finds_the_same(kind: str, index: VectorIndex | BM25Index, tmp_path: Path) -> None:
@@ -269,6 +292,11 @@ def test_prompt_length_can_be_in_tokens() -> None:
     augmented = RetrievalAugmented(Ranked("one two", "three four five"), template="{passages} ? {query}")
     prompt = augmented.prompt("six", max_len=5, length=lambda text: len(text.split()))
     assert prompt.text == "one two ? six"
+
+
+def test_the_number_of_passages_must_be_whole() -> None:
+    with pytest.raises(ArgumentError, match="num_passages must be a positive whole number; got 1.5"):
+        RetrievalAugmented(Ranked(), num_passages=1.5)  # type: ignore[arg-type]
 
 
 def test_a_query_without_room_or_hits() -> None:

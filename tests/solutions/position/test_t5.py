@@ -66,3 +66,5 @@ def test_wrong_buckets_are_refused() -> None:
         ArgumentError, match="max_distance must exceed the 16 distances with a bucket of their own; got 16"
     ):
         T5RelativeBias(2, max_distance=16)
+    with pytest.raises(ArgumentError, match="max_distance must be a positive whole number; got '128'"):
+        T5RelativeBias(2, max_distance="128")  # type: ignore[arg-type]

@@ -127,3 +127,5 @@ def test_arguments_out_of_range_are_refused() -> None:
     for merge in (0, 0.0, 0.6, -3):
         with pytest.raises(ArgumentError, match=f"merge must be a share in .* got {merge}"):
             TokenMerging(merge)
+    with pytest.raises(ArgumentError, match="num_protected must be a whole number; got 1.5"):
+        TokenMerging(0.5, num_protected=1.5)  # type: ignore[arg-type]

@@ -153,5 +153,7 @@ def test_arguments_out_of_range_are_refused() -> None:
             TokenPruning(keep)
     with pytest.raises(ArgumentError, match="num_protected must not be negative; got -1"):
         TokenPruning(0.5, num_protected=-1)
+    with pytest.raises(ArgumentError, match="num_protected must be a whole number; got '1'"):
+        LearnedTokenPruning(num_protected="1")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="temperature must be positive; got 0"):
         LearnedTokenPruning(temperature=0)

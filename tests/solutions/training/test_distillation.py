@@ -1,5 +1,7 @@
 """Distillation: the loss against its formula and its gradient, and batches in the teacher's words."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,54 @@ def test_the_gradient_of_the_teachers_term_keeps_its_size_at_high_temperature() 
     (gradient,) = torch.autograd.grad(loss, student)
     # the next term of the series is smaller by the temperature, 1e-4
     torch.testing.assert_close(gradient, (student - teacher).detach() / 6, atol=1e-3, rtol=0)
+
+
+MASKS = {  # where the teacher, and where the student forbid a class; 0 is allowed by both
+    "the same": ([1, 4], [1, 4]),
+    "the teacher more": ([1, 3, 4], [1]),
+    "the teacher alone": ([2], []),
+}
+
+
+@pytest.mark.parametrize("forbidden", MASKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_classes_that_the_teacher_forbids_count_as_nothing(forbidden: str, alpha: float) -> None:
+    by_teacher, by_student = MASKS[forbidden]
+    targets = torch.zeros(3, dtype=torch.long)
+    teacher = draw(3, 5, seed=1).index_fill(1, torch.tensor(by_teacher, dtype=torch.long), float("-inf"))
+    blocked = torch.tensor(by_student, dtype=torch.long)
+
+    def loss(logits: Tensor) -> Tensor:
+        return distillation_loss(logits.index_fill(1, blocked, float("-inf")), teacher, targets, alpha=alpha)
+
+    student = draw(3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (student,))  # which refuses what is not finite
+    p, q = ((x / 2).softmax(-1) for x in (teacher, student.index_fill(1, blocked, float("-inf"))))
+    terms = [pi * math.log(pi / qi) for pi, qi in zip(p.flatten().tolist(), q.flatten().tolist(), strict=True) if pi]
+    hard = student.index_fill(1, blocked, float("-inf")).log_softmax(-1)[:, 0].neg().mean()
+    # float64 sums of fifteen terms of order one
+    expected = alpha * 4 * sum(terms) / 3 + (1 - alpha) * hard
+    torch.testing.assert_close(loss(student), expected, atol=1e-12, rtol=0)
+
+
+def test_gradients_reach_masked_logits_as_zeros() -> None:
+    blocked = torch.tensor([[0.0, float("-inf"), 0.0, float("-inf")]], dtype=torch.float64)
+    student = (draw(1, 4) + blocked).requires_grad_()
+    distillation_loss(student, draw(1, 4, seed=1) + blocked, torch.tensor([2])).backward()
+    assert student.grad is not None and bool(student.grad.isfinite().all())
+    assert student.grad[0, [1, 3]].tolist() == [0.0, 0.0] and bool((student.grad[0, [0, 2]] != 0).all())
+
+
+def test_a_student_that_forbids_what_is_needed_is_infinitely_wrong() -> None:
+    student, teacher = draw(2, 5), draw(2, 5, seed=1)
+    student[0, 3] = float("-inf")
+    for targets in (torch.tensor([0, 1]), torch.tensor([3, 1])):
+        assert distillation_loss(student, teacher, targets, alpha=1.0).item() == float("inf")
+    assert distillation_loss(student, teacher, torch.tensor([3, 1])).item() == float("inf")
+    without_teacher = distillation_loss(student, teacher, torch.tensor([0, 1]), alpha=0.0)
+    assert without_teacher == torch.nn.functional.cross_entropy(student, torch.tensor([0, 1]))
+    teacher[0, 3] = float("-inf")
+    assert distillation_loss(student, teacher, torch.tensor([3, 1]), alpha=1.0).isfinite()
 
 
 def test_tokens_without_a_target_count_in_neither_term() -> None:

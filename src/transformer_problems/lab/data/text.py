@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 
 # Packages that every CPython from 3.11 on installs; `pydoc_data` is the language reference in prose.
@@ -104,7 +104,7 @@ def held_out_windows(data: Tensor, *, num: int, length: int) -> Tensor:
 
 
 def _last_start(data: Tensor, num: int, length: int) -> int:
-    require_positive(num=num, length=length)
+    require_positive_int(num=num, length=length)
     if len(data) < length:
         raise ArgumentError(
             f"length must be at most the {len(data)} bytes of the data; got {length}. Shorten the windows or load "

@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive, require_positive_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ def measure_latency(
     Raises:
         ArgumentError: If a count or time is not positive.
     """
-    require_positive(repeats=repeats, warmup=warmup, min_time_s=min_time_s)
+    require_positive_int(repeats=repeats, warmup=warmup)
+    require_positive(min_time_s=min_time_s)
     timer = timeit.Timer(function, timer=_clock(torch.device(device)))
     for _ in range(warmup):
         function()

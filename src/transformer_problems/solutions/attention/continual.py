@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple
+from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_attention_fit, check_streams
 from transformer_problems.core.heads import merge_heads, rotate, split_heads
@@ -235,6 +235,7 @@ class RetroactiveAttention(nn.Module):
 
 
 def _check_window(window_len: int) -> None:
+    require_positive_int(window_len=window_len)
     if window_len < 2:
         raise ArgumentError(f"window_len must be at least 2; got {window_len}. One token alone has nobody to see.")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import UnknownNameError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles, masked, part_of, wide
@@ -51,7 +51,7 @@ class FlashAttention(nn.Module):
         super().__init__()
         if backend not in get_args(Backend):
             raise UnknownNameError("backend", backend, get_args(Backend))
-        require_positive(block_size=block_size)
+        require_positive_int(block_size=block_size)
         self.runs: Literal["sdpa", "tiled"] = "tiled" if backend == "tiled" else "sdpa"
         self.block_size = block_size
 

@@ -93,7 +93,7 @@ class PagedKVCache:
         keys, values: [B, G, M, D], gathered into one tensor for the moment; positions: [M].
 
     Raises:
-        ArgumentError: If the pool has no room, keys do not fit it, or they need gradients.
+        ArgumentError: If the pool has no room, keys or values do not fit it, or they need gradients.
 
     Source:
         Kwon et al. 2023, arXiv:2309.06180, section 4.
@@ -178,17 +178,18 @@ class PagedKVCache:
         return storage[self._table()].transpose(1, 2).flatten(2, 3)[:, :, : self.num_seen]
 
     def _check(self, k: Tensor, v: Tensor) -> None:
-        pages = self.pool.keys
-        needed = (self.batch_size, pages.shape[1], k.shape[2], pages.shape[3])
-        if k.shape != needed or v.shape != needed:
+        pages, (_, num_kv_heads, _, head_dim) = self.pool.keys, self.pool.keys.shape
+        sizes = (self.batch_size, num_kv_heads, head_dim)
+        if k.dim() != 4 or v.shape != k.shape or (*k.shape[:2], k.shape[3]) != sizes:
             raise ArgumentError(
-                f"k and v must be {list(needed)} for this pool; got {list(k.shape)} and {list(v.shape)}. "
-                "Make the PagePool with the layer's num_kv_heads and head_dim."
+                f"k and v must both be [{self.batch_size}, {num_kv_heads}, n, {head_dim}] for this pool; got "
+                f"{list(k.shape)} and {list(v.shape)}. Make the PagePool with the layer's num_kv_heads and head_dim."
             )
-        if k.dtype != pages.dtype or k.device != pages.device:
-            raise ArgumentError(
-                f"k must be {pages.dtype} on {pages.device} as the pool is; got {k.dtype} on {k.device}. "
-                "Make the PagePool with the layer's dtype and device."
-            )
+        for name, x in (("k", k), ("v", v)):
+            if x.dtype != pages.dtype or x.device != pages.device:
+                raise ArgumentError(
+                    f"{name} must be {pages.dtype} on {pages.device} as the pool is; got {x.dtype} on {x.device}. "
+                    "Make the PagePool with the layer's dtype and device."
+                )
         if k.requires_grad or v.requires_grad:
             raise ArgumentError("k and v must not need gradients, for pages are shared. Decode under torch.no_grad().")

@@ -6,7 +6,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import token_positions
@@ -18,8 +18,8 @@ Bits = Literal[8, 4]
 class RoundedTensor:
     """Numbers stored as codes * scale + low, with one scale and low for each slice along a dimension.
 
-    Each is restored to within half of its slice's scale, (highest - lowest) / (2^bits - 1), and the rounding of the
-    dtype.
+    Each is restored to within half of its slice's scale, (highest - lowest) / (2^bits - 1), and the rounding of scale,
+    low and result to the dtype.
 
     Args:
         codes: uint8; two codes a byte along the last dimension where bits = 4.
@@ -37,9 +37,9 @@ class RoundedTensor:
     def of(cls, x: Tensor, *, bits: Bits, dim: int) -> Self:
         """x rounded, each slice along `dim` with a range of its own."""
         levels = 2**bits - 1
-        low = x.amin(dim=dim, keepdim=True)
-        scale = (x.amax(dim=dim, keepdim=True) - low) / levels
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a range may be twice the largest float16
+        low, high = x.amin(dim=dim, keepdim=True), x.amax(dim=dim, keepdim=True)
+        scale = ((high.to(wide) - low.to(wide)) / levels).to(x.dtype)
         steps = (x.to(wide) - low.to(wide)) / torch.where(scale > 0, scale, 1).to(wide)
         codes = steps.round().clamp(0, levels).to(torch.uint8)
         return cls(codes if bits == 8 else pack_int4(codes), scale, low, bits)
@@ -47,8 +47,10 @@ class RoundedTensor:
     def restored(self) -> Tensor:
         """The numbers, in the dtype that they came in."""
         codes = self.codes if self.bits == 8 else unpack_int4(self.codes)
-        wide = torch.promote_types(self.scale.dtype, torch.float32)
-        return (codes.to(wide) * self.scale.to(wide) + self.low.to(wide)).to(self.scale.dtype)
+        dtype, limits = self.scale.dtype, torch.finfo(self.scale.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        x = codes.to(wide) * self.scale.to(wide) + self.low.to(wide)
+        return x.clamp(limits.min, limits.max).to(dtype)  # a scale that was rounded up may lead beyond the largest
 
     def followed_by(self, other: Self) -> Self:
         """Both, one after the other in dimension 2."""
@@ -84,7 +86,8 @@ class QuantizedKVCache:
         keys, values: [B, G, M, D], D even where bits = 4; positions: [M].
 
     Raises:
-        ArgumentError: If bits is neither, a number is out of range, D is odd with 4 bits, or keys need gradients.
+        ArgumentError: If bits is neither, a number is out of range, D is odd with 4 bits, or keys and values differ in
+            shape, do not continue those held, or need gradients.
 
     Source:
         Liu et al. 2024, arXiv:2402.02750, section 3.3 (KIVI).
@@ -108,8 +111,7 @@ class QuantizedKVCache:
         if self.bits not in get_args(Bits):
             raise ArgumentError(f"bits must be 8 or 4; got {self.bits}. Choose 8 for nearly exact attention.")
         require_positive_int(batch_size=self.batch_size, group_size=self.group_size)
-        if self.num_recent < 0:
-            raise ArgumentError(f"num_recent must not be negative; got {self.num_recent}. Choose 0 or more.")
+        require_not_negative(num_recent=self.num_recent)
 
     @classmethod
     def empty(cls, batch_size: int, *, bits: Bits = 8, group_size: int = 32, num_recent: int = 32) -> Self:
@@ -153,9 +155,10 @@ class QuantizedKVCache:
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens, not rounded yet. k, v: [B, G, n, D]."""
         check_same_batch(k, self.batch_size)
+        self._check_continues(k, v)
         if k.requires_grad or v.requires_grad:
             raise ArgumentError("k and v must not need gradients, which rounding cuts. Use torch.no_grad().")
-        if self.bits == 4 and (k.shape[-1] % 2 or v.shape[-1] % 2):
+        if self.bits == 4 and k.shape[-1] % 2:
             raise ArgumentError(f"head_dim must be even for bits=4; got {k.shape[-1]}. Choose bits=8.")
         recent = (k, v)
         if self._recent is not None:
@@ -177,10 +180,28 @@ class QuantizedKVCache:
         recent = self._recent[0][:, :, num:].clone(), self._recent[1][:, :, num:].clone()  # lets the rest go
         return replace(self, _rounded=(keys, values), _recent=recent)
 
+    def _check_continues(self, k: Tensor, v: Tensor) -> None:
+        """Refuse keys and values that differ in shape, or that cannot be joined with those held."""
+        if k.dim() != 4 or v.shape != k.shape:
+            raise ArgumentError(
+                f"k and v must both be [B, G, n, D]; got {list(k.shape)} and {list(v.shape)}. "
+                "Project them to the same number and width of heads."
+            )
+        for name, x, held in zip("kv", (k, v), self._recent or (k, v), strict=True):
+            if (x.shape[1], x.shape[3], x.dtype, x.device) != (held.shape[1], held.shape[3], held.dtype, held.device):
+                raise ArgumentError(
+                    f"{name} must continue the {_described(held)} held; got {_described(x)}. "
+                    "Begin another layer or dtype with an empty cache."
+                )
+
     @property
     def _held(self) -> tuple[Tensor, Tensor]:
         assert self._recent is not None, "an empty cache holds no tensors"
         return self._recent
+
+
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}"
 
 
 def pack_int4(codes: Tensor) -> Tensor:

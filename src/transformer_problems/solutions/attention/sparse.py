@@ -57,13 +57,14 @@ class SparseAttention(nn.Module):
             raise ArgumentError(
                 f'num_summary belongs to pattern "fixed"; got {num_summary} with "strided". Leave it out.'
             )
-        if num_summary is not None and not 1 <= num_summary <= stride:
+        self.stride, self.pattern = stride, pattern
+        self.num_summary = min(8, stride) if num_summary is None else num_summary
+        require_positive_int(num_summary=self.num_summary)
+        if self.num_summary > stride:
             raise ArgumentError(
                 f"num_summary must be from 1 to stride; got {num_summary} with stride {stride}. "
                 "It counts tokens inside each block."
             )
-        self.stride, self.pattern = stride, pattern
-        self.num_summary = min(8, stride) if num_summary is None else num_summary
 
     def forward(
         self,

@@ -1,12 +1,14 @@
 """Autoregressive decoding: one token for each pass of the model, with or without a cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 
 
@@ -108,7 +110,8 @@ def generate(
         prompt: [B, N] int; tokens: [B, N + n], n = max_new_tokens or less where every row stopped.
 
     Raises:
-        ArgumentError: If the prompt is empty, a number is out of range, or the model's logits are not numbers.
+        ArgumentError: If the prompt is empty or holds no tokens of the model's, a number is out of range, or the
+            model's logits are not numbers.
 
     Source:
         Pope et al. 2022, arXiv:2211.05102, section 2.1 (decoding with cached keys and values).
@@ -120,10 +123,11 @@ def generate(
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     num_passes = 0
     while num_passes < max_new_tokens and not bool(stopped.all()):
-        if use_cache:
-            logits, state = model.stream(unread, state)
-        else:
-            logits = model(tokens)
+        with tokens_known(model, prompt):
+            if use_cache:
+                logits, state = model.stream(unread, state)
+            else:
+                logits = model(tokens)
         num_passes += 1
         check_logits(logits[:, -1], f"step {num_passes}")
         new = sampler.draw(sampler.probabilities(logits[:, -1]))
@@ -137,12 +141,41 @@ def generate(
 
 def check_prompt(prompt: Tensor, max_new_tokens: int) -> None:
     """Refuse prompts and lengths that no decoder can start from."""
-    require_positive(max_new_tokens=max_new_tokens)
-    if prompt.dim() != 2 or prompt.numel() == 0:
+    require_positive_int(max_new_tokens=max_new_tokens)
+    if prompt.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(
+            f"prompt must hold tokens as torch.int64 or torch.int32; got {prompt.dtype}. Pass prompt.long()."
+        )
+    if prompt.dim() != 2:
+        raise ArgumentError(f"prompt must be [B, N]; got {list(prompt.shape)}. Pass one text as prompt[None].")
+    if prompt.numel() == 0:
         raise ArgumentError(
             f"prompt must be [B, N] with at least one token in each row; got {list(prompt.shape)}. "
             "Begin every text with a start token."
         )
+    if int(prompt.min()) < 0:
+        raise ArgumentError(
+            f"prompt must hold tokens from 0 on; got {int(prompt.min())}. Cut padding off: decode texts of one length "
+            "together."
+        )
+
+
+@contextmanager
+def tokens_known(model: LanguageModel, prompt: Tensor) -> Iterator[None]:
+    """Name the prompt where a pass inside fails because the model's vocabulary lacks one of its tokens.
+
+    The vocabulary is asked for only then, for that takes a pass.
+    """
+    try:
+        yield
+    except IndexError as error:
+        vocab_size, largest = model(prompt.new_zeros(1, 1)).shape[-1], int(prompt.max())
+        if largest < vocab_size:
+            raise
+        raise ArgumentError(
+            f"prompt must hold tokens from 0 to {vocab_size - 1}, the model's vocabulary; got {largest}. "
+            "Encode the text with the model's own tokenizer."
+        ) from error
 
 
 def check_logits(logits: Tensor, where: str) -> None:

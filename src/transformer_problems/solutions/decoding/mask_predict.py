@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.decoding.generate import Generation, check_logits
 
@@ -37,7 +37,7 @@ def mask_predict(
         Differs from the paper: the length is given by the template instead of being predicted, and source and target
         may be one sequence.
     """
-    require_positive(num_passes=num_passes)
+    require_positive_int(num_passes=num_passes)
     open_places = template == mask_token
     if not bool(open_places.any()):
         raise ArgumentError(

@@ -6,9 +6,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.solutions.decoding.generate import LanguageModel, TokenSampler, check_logits, check_prompt
+from transformer_problems.solutions.decoding.generate import (
+    LanguageModel,
+    TokenSampler,
+    check_logits,
+    check_prompt,
+    tokens_known,
+)
 
 
 class Draft(Protocol):
@@ -67,7 +73,7 @@ class PromptLookup:
     ngram_size: int = 3
 
     def __post_init__(self) -> None:
-        require_positive(ngram_size=self.ngram_size)
+        require_positive_int(ngram_size=self.ngram_size)
 
     def __call__(self, tokens: Tensor, num_tokens: int, /) -> Tensor:
         found = [self._continuation(row, num_tokens) for row in tokens]
@@ -117,8 +123,8 @@ def speculative_decode(
         prompt: [B, N] int; tokens: [B, N + max_new_tokens].
 
     Raises:
-        ArgumentError: If the prompt is empty, a number is out of range, the vocabularies differ, or logits are not
-            numbers.
+        ArgumentError: If the prompt is empty or holds no tokens of the target's, a number is out of range, the
+            vocabularies differ, a guess holds no tokens of the target's or too many, or logits are not numbers.
         CombinationError: If the target's state cannot give tokens back.
 
     Source:
@@ -126,9 +132,10 @@ def speculative_decode(
         Differs from the paper: the prompt takes a pass of its own, and batches advance in step.
     """
     check_prompt(prompt, max_new_tokens)
-    require_positive(num_draft_tokens=num_draft_tokens)
+    require_positive_int(num_draft_tokens=num_draft_tokens)
     sampler = TokenSampler(temperature, generator)
-    logits, state = target.stream(prompt, target.initial_state(len(prompt)))
+    with tokens_known(target, prompt):
+        logits, state = target.stream(prompt, target.initial_state(len(prompt)))
     check_logits(logits[:, -1], "the prompt")
     _check_gives_back(state)
     drafter = _Drafter(draft, sampler, prompt, vocab_size=logits.shape[-1])
@@ -164,7 +171,7 @@ def predicted_speedup(acceptance: float, num_draft_tokens: int, cost_ratio: floa
     Source:
         Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8.
     """
-    require_positive(num_draft_tokens=num_draft_tokens)
+    require_positive_int(num_draft_tokens=num_draft_tokens)
     if not 0 <= acceptance <= 1:
         raise ArgumentError(f"acceptance must be a probability; got {acceptance}. Choose from 0 to 1.")
     if not cost_ratio >= 0:
@@ -194,6 +201,7 @@ class _Drafter:
         if isinstance(self.draft, LanguageModel):
             return self._drawn(self.draft, tokens, num_tokens)
         guessed = self.draft(tokens, num_tokens)
+        self._check_guess(guessed, tokens, num_tokens)
         return guessed, torch.nn.functional.one_hot(guessed, self.vocab_size).float()
 
     def _drawn(self, model: LanguageModel, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -209,6 +217,23 @@ class _Drafter:
             drawn_from.append(self.sampler.probabilities(logits[:, -1]))
             tokens = _joined(tokens, self.sampler.draw(drawn_from[-1]))
         return tokens[:, length:], torch.stack(drawn_from, dim=1)
+
+    def _check_guess(self, guessed: Tensor, tokens: Tensor, num_tokens: int) -> None:
+        if not isinstance(guessed, Tensor):
+            got = f"a {type(guessed).__name__}"
+        elif guessed.dim() != 2 or len(guessed) != len(tokens) or guessed.shape[1] > num_tokens:
+            got = str(list(guessed.shape))
+        elif (guessed.dtype, guessed.device) != (torch.int64, tokens.device):
+            got = f"{guessed.dtype} on {guessed.device}"
+        elif guessed.numel() and not 0 <= int(guessed.min()) <= int(guessed.max()) < self.vocab_size:
+            got = f"tokens from {int(guessed.min())} to {int(guessed.max())}"
+        else:
+            return
+        raise ArgumentError(
+            f"draft must guess tokens from 0 to {self.vocab_size - 1}, the target's vocabulary, as torch.int64 "
+            f"[{len(tokens)}, g] on {tokens.device} with g at most {num_tokens}; got {got}. "
+            "Return tokens[:, :0] where there is no guess."
+        )
 
     def _check_vocabulary(self, model: LanguageModel, prompt: Tensor) -> None:
         """Ask for the logits after token 0, which every vocabulary has, before it is shown tokens that it may lack."""

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: spreads neighbouring codes
@@ -41,7 +41,7 @@ class HashedNgrams:
     rarity: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        require_positive(dim=self.dim)
+        require_positive_int(dim=self.dim)
         if not 1 <= self.sizes[0] <= self.sizes[1]:
             raise ArgumentError(f"sizes must be two rising numbers from 1; got {self.sizes}. Choose (3, 5).")
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive, require_positive_int
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.memory.passage_files import read_passages, write_passages
@@ -49,7 +49,7 @@ def chunk_text(text: str, chunk_len: int, stride: int | None = None) -> list[str
 
 def _spans(length: int, chunk_len: int, stride: int | None) -> list[tuple[int, int]]:
     stride = chunk_len if stride is None else stride
-    require_positive(chunk_len=chunk_len, stride=stride)
+    require_positive_int(chunk_len=chunk_len, stride=stride)
     if stride > chunk_len:
         raise ArgumentError(
             f"stride must be at most chunk_len, or tokens are left out; got {stride} and {chunk_len}. "
@@ -118,7 +118,7 @@ class VectorIndex:
         self._store(passages, vectors)
 
     def search(self, query: str, k: int) -> list[Hit]:
-        require_positive(k=k)
+        require_positive_int(k=k)
         _require_passages(len(self))
         scores, found = self._vectors.search(self._unit_vectors([query]), min(k, len(self)))
         return [Hit(self._passages[i], float(s), int(i)) for s, i in zip(scores[0], found[0], strict=True) if s > 0]
@@ -152,15 +152,17 @@ class VectorIndex:
         self._passages.extend(passages)
 
     def _unit_vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        vectors = np.array(self._embed(list(texts)), dtype=np.float32, order="C")
+        vectors = np.array(self._embed(list(texts)), dtype=np.float64)
         dim = vectors.shape[-1] if self._vectors is None and vectors.ndim == 2 else getattr(self._vectors, "d", 0)
         if vectors.shape != (len(texts), dim) or dim == 0 or not np.isfinite(vectors).all():
             raise ArgumentError(
                 f"embed must return finite numbers of shape [{len(texts)}, {dim or 'd'}] for {len(texts)} texts; got "
                 f"shape {list(vectors.shape)}. Use one embedder for all passages and queries."
             )
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+        for order in (np.inf, 2):  # by the largest feature first, so that no square is too large or too small
+            lengths = np.linalg.norm(vectors, order, axis=1, keepdims=True)
+            vectors /= np.where(lengths == 0, 1, lengths)
+        return vectors.astype(np.float32, order="C")
 
 
 def words(text: str) -> list[str]:
@@ -210,7 +212,7 @@ class BM25Index:
             self._scorer.index(corpus, show_progress=False)
 
     def search(self, query: str, k: int) -> list[Hit]:
-        require_positive(k=k)
+        require_positive_int(k=k)
         _require_passages(len(self))
         known = [] if self._scorer is None else [w for w in self._tokenize(query) if w in self._scorer.vocab_dict]
         if not known:
@@ -281,7 +283,7 @@ class RetrievalAugmented:
         template: str = "{passages}\n\n{query}",
         separator: str = "\n\n",
     ) -> None:
-        require_positive(num_passages=num_passages)
+        require_positive_int(num_passages=num_passages)
         fields = sorted(field for _, field, _, _ in string.Formatter().parse(template) if field is not None)
         if fields != ["passages", "query"]:
             raise ArgumentError(

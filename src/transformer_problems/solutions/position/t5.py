@@ -48,7 +48,7 @@ class T5RelativeBias(PositionEncoding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive_int(num_heads=num_heads)
+        require_positive_int(num_heads=num_heads, max_distance=max_distance)
         require_multiple_of("num_buckets", num_buckets, 2 if is_causal else 4, "for they are split in halves")
         self.num_heads, self.num_buckets = num_heads, num_buckets
         self.max_distance, self.is_causal = max_distance, is_causal

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.arguments import require_not_negative
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.token_slots import Attended, Tokens
 
@@ -35,8 +36,7 @@ class TokenMerging(nn.Module):
             raise ArgumentError(
                 f"merge must be a share in (0, 0.5] (a float) or a count from 1 (an int); got {merge!r}."
             )
-        if num_protected < 0:
-            raise ArgumentError(f"num_protected must not be negative; got {num_protected}. Use 0 to protect none.")
+        require_not_negative(num_protected=num_protected)
         self.merge, self.num_protected = merge, num_protected
 
     def forward(self, tokens: Tokens, attended: Attended) -> Tokens:

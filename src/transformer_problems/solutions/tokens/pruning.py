@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_not_negative, require_positive
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.token_slots import Attended, Tokens
 
@@ -33,7 +33,7 @@ class TokenPruning(nn.Module):
         super().__init__()
         if not (isinstance(keep, int) and keep >= 1) and not (isinstance(keep, float) and 0 < keep <= 1):
             raise ArgumentError(f"keep must be a share in (0, 1] (a float) or a count from 1 (an int); got {keep!r}.")
-        _check_protected(num_protected)
+        require_not_negative(num_protected=num_protected)
         self.keep: float = keep
         self.num_protected = num_protected
 
@@ -84,7 +84,7 @@ class LearnedTokenPruning(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(temperature=temperature)
-        _check_protected(num_protected)
+        require_not_negative(num_protected=num_protected)
         self.threshold = nn.Parameter(torch.tensor(threshold, device=device, dtype=dtype))
         self.temperature, self.num_protected = temperature, num_protected
         self.is_hard = False
@@ -116,8 +116,3 @@ def pruning_penalty(trace: Sequence[Tokens]) -> Tensor:
 def _protected(real: Tensor, num_protected: int) -> Tensor:
     """[B, N] bool: the first real tokens of each row."""
     return real & (real.cumsum(dim=1) <= num_protected)
-
-
-def _check_protected(num_protected: int) -> None:
-    if num_protected < 0:
-        raise ArgumentError(f"num_protected must not be negative; got {num_protected}. Use 0 to protect none.")

@@ -25,10 +25,13 @@ def distillation_loss(
     The teacher's probabilities of wrong answers say which of them are near; T spreads them out so that they count,
     and T^2 keeps their gradient of one size with the other term's. The teacher gets no gradient.
 
+    Logits of -inf forbid a class. One that the teacher forbids adds nothing to its term, 0 log 0 = 0, whatever the
+    student says; where the student forbids what the teacher allows, or the target, the loss is infinite.
+
     Args:
         targets: Right answers; -100 where there is none, which leaves that token out of both terms.
         temperature: T.
-        alpha: Weight of the teacher, from 0 (targets alone) to 1 (teacher alone).
+        alpha: Weight of the teacher, from 0 (targets alone) to 1 (teacher alone); a term of weight 0 is left out.
 
     Shape:
         student_logits, teacher_logits: [..., V]; targets: [...] int; output: a scalar, the mean over targets.
@@ -54,14 +57,21 @@ def distillation_loss(
         raise ArgumentError(f"targets must hold at least one answer; all are {IGNORED}. Leave this batch out.")
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student, teacher = student_logits[learned].to(wide), teacher_logits[learned].detach().to(wide)
-    soft = nn.functional.kl_div(
-        (student / temperature).log_softmax(dim=-1),
-        (teacher / temperature).log_softmax(dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    hard = nn.functional.cross_entropy(student, targets[learned])
-    return alpha * temperature**2 * soft + (1 - alpha) * hard
+    terms = []  # one that weighs nothing stays out, for it may be infinite, and 0 * inf is no number
+    if alpha > 0:
+        terms.append(alpha * temperature**2 * _relative_entropy(student / temperature, teacher / temperature))
+    if alpha < 1:
+        terms.append((1 - alpha) * nn.functional.cross_entropy(student, targets[learned]))
+    return torch.stack(terms).sum()
+
+
+def _relative_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student), the mean over rows. [n, V]."""
+    student, teacher = student_logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1)
+    weights = teacher.exp()
+    # filled before it is multiplied: 0 * (-inf + inf) would be NaN, here and in the gradient
+    ratios = (teacher - student).masked_fill(weights == 0, 0.0)
+    return (weights * ratios).sum(dim=-1).mean()
 
 
 def sequence_level_batch(
