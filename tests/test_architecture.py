@@ -138,10 +138,12 @@ def test_experiment_and_catalogue_agree(problem) -> None:
     assert {arm.solution for arm in arms} - {None} == set(pairs), "arms and catalogue pairs differ"
     for slug, pair in pairs.items():
         assert sum(arm.lead for arm in arms if arm.solution == slug) == 1, f"{slug} needs exactly one leading arm"
-        words = [e for e in experiment.gains if e.metric == pair.criterion.metric and e.at == pair.criterion.at]
-        assert [e.compare for e in words] == [pair.criterion.compare], f"gains has no words for {slug}'s criterion"
+        rule = pair.criterion
+        words = [e for e in experiment.gains if (e.metric, e.at, e.against) == (rule.metric, rule.at, None)]
+        assert [e.compare for e in words] == [rule.compare], f"gains has no words for {slug}'s criterion"
     known = {arm.slug for arm in arms}
     assert {arm.baseline for arm in arms} - {None} <= known
+    assert {effect.against for effect in (*experiment.gains, *experiment.costs)} - {None} <= known
     assert set(experiment.chart.draws) <= known
 
 

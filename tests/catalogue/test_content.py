@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from transformer_problems.catalogue import Reference, Solution, Treatment, load_catalogue
+from transformer_problems.core.errors import UnknownNameError
 
 PACKAGE = Path(__file__).parents[2] / "src" / "transformer_problems"
 CATALOGUE = load_catalogue()
@@ -227,3 +228,8 @@ def test_reading_the_catalogue_does_not_import_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_where_nothing_is_near_a_command_lists_the_many_names() -> None:
+    with pytest.raises(UnknownNameError, match="unknown solution 'xyz'. See `transformer-problems list`.$"):
+        CATALOGUE.solution("xyz")

@@ -65,6 +65,18 @@ def test_a_clear_ratio_helps() -> None:
     assert verdict.effect.value == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(
+    ("compare", "nothing"),
+    [("ratio", "a ratio between 0.909 and 1.1"), ("difference", "a difference between -0.1 and 0.1")],
+)
+def test_the_reason_tells_the_effect_and_what_counts_as_none(compare, nothing) -> None:
+    results = Results([*series("dense", [4.0, 4.0]), *series("flash", [1.0, 1.0])])
+    criterion = dataclasses.replace(CRITERION, compare=compare)
+    effect = "0.25, 95% interval 0.25 to 0.25" if compare == "ratio" else "-3, 95% interval -3 to -3"
+    reason = judge(1, Arm("flash", "Flash"), "dense", criterion, results, None).reason
+    assert reason == f"latency_s {compare} {effect}; {nothing} counts as no effect"
+
+
 @pytest.mark.parametrize(("changed", "word"), [(None, "helps"), (0.0, "helps"), (0.01, "hurts")])
 def test_a_broken_promise_hurts_whatever_it_gains(changed: float | None, word: str) -> None:
     records = [*series("dense", [4.0, 4.4, 4.2]), *series("flash", [1.0, 1.1, 1.05])]
@@ -99,6 +111,7 @@ def test_words_that_hide_the_direction_are_refused() -> None:
     [
         ("ratio", ("less time a step", "more time a step"), (1.003, 0.9961, 1.04), "no change in time a step at 2x"),
         ("ratio", ("less time", "more time"), (0.48, 0.4, 0.5), "2.1x (2.0 to 2.5) less time at 2x"),
+        ("ratio", ("less time", "more time"), (1.03, 0.99, 1.06), "1.03x (0.99 to 1.06) more time at 2x"),
         ("difference", ("points less recall", "points more recall"), (0.0, 0.0, 0.0), "no change in recall at 2x"),
         ("difference", ("less", "more"), (-0.001, -0.002, 0.004), "no change at 2x"),
         ("difference", ("less", "more"), (0.001, -0.002, 0.02), "0.00 (0.00 to 0.02) more at 2x"),

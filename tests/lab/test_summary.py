@@ -132,6 +132,18 @@ def test_a_gain_names_the_baseline_that_is_not_the_experiments_own() -> None:
     assert rows["performer"].cost.endswith("points more (against another baseline)")
 
 
+def test_gains_and_costs_against_a_further_arm_name_it() -> None:
+    toy = Toy()
+    toy.gains = (*Toy.gains, Effect("latency_s", "ratio", ("less", "more"), "last", against="other"))
+    toy.costs = (Effect("accuracy", "difference", ("points less", "points more"), scale=100, against="other"),)
+    records = [*healthy(), *answers("other", [0, 1]), *answers("longformer", [1, 1])]
+    rows = rows_of(summarise(toy, load_catalogue(), records, {}, "quick", HERE))
+    assert rows["longformer"].gain == "4.0x less time at 8 tokens; 2.0x less than another baseline"
+    assert rows["longformer"].cost.endswith("points more than another baseline")
+    alone = rows_of(summarise(toy, load_catalogue(), healthy(without=("other",)), {}, "quick", HERE))
+    assert alone["longformer"].gain == "4.0x less time at 8 tokens"
+
+
 def test_variants_that_disagree_are_counted_beside_the_leading_arm() -> None:
     rows = rows_of(summary_of(healthy()))
     assert rows["sparse"].gain.endswith("(1 of 2 variants helps)")

@@ -182,3 +182,29 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     finding = EXPERIMENT.finding(Results(records))
     assert "After 28 tokens" in finding
     assert "after 224" in finding
+
+
+@pytest.mark.parametrize(
+    ("soft", "texts", "words"), [(2.5, 1.5, ("worse", "better")), (2.0, 2.0, ("no different",) * 2)]
+)
+def test_the_finding_tells_what_teachers_add_to_the_small_model(
+    measured: dict[str, list[Measurement]], soft: float, texts: float, words: tuple[str, str]
+) -> None:
+    measurements = {arm: [Measurement("bits_per_byte", "bit", 1.0, LAST)] for arm in ("kv_cache", *p04._LESSONS)}
+    for arm, bits in (("small", 2.0), ("distilled", soft), ("distilled_sequences", texts)):
+        measurements[arm] = [Measurement("bits_per_byte", "bit", bits, LAST)]
+    for arm, speed in (("kv_cache", 100.0), ("small", 400.0)):
+        measurements[arm].append(Measurement("tokens_per_s", "tokens/s", speed, LAST))
+    measurements["recompute"] = measured["recompute"]
+    finding = EXPERIMENT.finding(
+        Results([(Cell(4, arm, "quick", 0), m) for arm, ms in measurements.items() for m in ms])
+    )
+    assert "4.0 times as fast as the large one" in finding
+    assert "labels bring it to 2.00 bits per byte" in finding
+    assert f"soft targets to {soft:.2f} ({words[0]})" in finding
+    assert f"texts that the teacher wrote to {texts:.2f} ({words[1]})" in finding
+
+
+def test_distilled_models_are_compared_with_the_same_model_without_a_teacher() -> None:
+    baselines = {arm.baseline for arm in EXPERIMENT.arms if arm.solution == "distillation"}
+    assert baselines == {"small"}

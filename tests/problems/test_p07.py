@@ -153,3 +153,14 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     assert "Decoding a text of 1,024 tokens" in finding
     without_decoding = EXPERIMENT.finding(Results(records[: len(measured["dense"])]))
     assert finding.startswith(without_decoding)
+
+
+@pytest.mark.parametrize(("sqrt", "each", "word"), [(3, 2, "loses"), (2, 3, "wins")])
+def test_the_finding_tells_which_checkpoints_save_more(
+    measured: dict[str, list[Measurement]], sqrt: int, each: int, word: str
+) -> None:
+    records = [(Cell(7, "dense", "quick", 0), m) for m in measured["dense"]]
+    for arm, peak in (("checkpoint_sqrt", sqrt), ("checkpoint_each", each)):
+        records.append((Cell(7, arm, "quick", 0), Measurement("longest_peak_bytes", "bytes", peak * 2**20)))
+    finding = EXPERIMENT.finding(Results(records))
+    assert f"to {sqrt} MiB, checkpoints at every layer to {each}: sqrt(L) {word} here." in finding

@@ -82,3 +82,25 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     assert "with sinks kept" in finding
     alone = EXPERIMENT.finding(Results([record for record in records if record[0].arm == "recompute"]))
     assert alone in finding
+
+
+def test_the_finding_tells_what_a_cache_costs(measured: dict[str, list[Measurement]]) -> None:
+    records = [(Cell(12, "recompute", "quick", 0), m) for m in measured["recompute"]]
+    for x, seconds in ((64.0, 1.0), (512.0, 1.5)):
+        records.append((Cell(12, "kv_cache", "quick", 0), Measurement("latency_s", "s", seconds, x)))
+    records.append((Cell(12, "kv_cache", "quick", 0), Measurement("state_bytes", "bytes", 3 * 2**20, 512.0)))
+    assert "With a full KV cache it takes 1.5 times as long, and 3 MiB are kept." in EXPERIMENT.finding(
+        Results(records)
+    )
+
+
+@pytest.mark.parametrize(
+    ("alone", "outcome"), [(3.0, "was not reproduced"), (5.5, "without sinks the window loses 2.50")]
+)
+def test_the_finding_tells_whether_a_bare_window_collapsed(
+    measured: dict[str, list[Measurement]], alone: float, outcome: str
+) -> None:
+    records = [(Cell(12, "recompute", "quick", 0), m) for m in measured["recompute"]]
+    for arm, bits in (("window_only", alone), ("attention_sinks", 3.0)):
+        records.append((Cell(12, arm, "quick", 0), Measurement("bits_per_byte", "bit", bits, 512.0)))
+    assert outcome in EXPERIMENT.finding(Results(records))

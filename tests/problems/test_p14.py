@@ -90,7 +90,7 @@ def test_attention_on_noise_equals_the_dense_sum() -> None:
         x = model.body.embed(needles.tokens, torch.arange(needles.tokens.shape[1]))
         for block in model.body.blocks:
             mixer = block.mixer
-            h = block.mixer_norm(x)
+            h = block.mixer_residual.norm(x)
             q, k = (proj(h).unflatten(-1, (p14._HEADS, -1)).transpose(1, 2) for proj in (mixer.q_proj, mixer.k_proj))
             weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]
             masses.append((weights * needles.noise[:, None]).sum(-1).mean(1))

@@ -36,6 +36,13 @@ def test_page_tells_finding_verdicts_criterion_notes_and_neighbours() -> None:
     assert "from transformer_problems import SelfAttention" in page
 
 
+def test_variants_stand_beside_the_arm_that_leads_their_solution() -> None:
+    page = problem_page(quadratic(), SHELF.problems[0], SHELF)
+    section = page[page.index("### Sparse, strided") : page.index("### Longformer")]
+    assert section.count("- **Variant.** Sparse, fixed, ") == page.count("- **Variant.**") == 1
+    assert "x less time at 8,192 tokens (21 to 25); 0.12 bits/byte more after equal steps" in section
+
+
 def test_a_pair_with_a_criterion_of_its_own_shows_it() -> None:
     own = replace(SHELF.problems[0].criterion, text="Memory falls by a tenth.")
     pairs = tuple(replace(p, criterion=own) if p.solution.slug == "flash-attention" else p for p in SHELF.treatments)

@@ -106,7 +106,7 @@ class ProblemSummary:
     """Everything a picture or page of one problem shows."""
 
     number: int
-    finding: str  # one plain sentence on what the baseline showed, with its figures
+    finding: str  # what the baseline showed, with its figures, and what a verdict alone would hide
     chart: Chart
     lines: tuple[Line, ...]  # the baseline first
     columns: tuple[Column, ...]

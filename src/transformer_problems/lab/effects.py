@@ -22,6 +22,7 @@ class Effect:
         at: The x compared at; "last" is the largest x that both arms have.
         where: Said after the figure, with the x filled in, e.g. "at {x:,.0f} tokens".
         scale: Factor on a difference before it is printed, e.g. 100 for points of a percentage.
+        against: Slug of the arm compared with, which is then named; None for the treated arm's own baseline.
 
     Raises:
         ArgumentError: If the words for less and for more are the same, which would hide the direction.
@@ -33,6 +34,7 @@ class Effect:
     at: At = None
     where: str = ""
     scale: float = 1.0
+    against: str | None = None
 
     def __post_init__(self) -> None:
         if self.words[0] == self.words[1]:
@@ -80,6 +82,8 @@ def describe_effect(effect: Effect, interval: Interval, x: float | None, than: s
     texts = [_short(v) for v in (value, low, high)]
     if set(texts) == {nothing}:
         return f"no change{_subject(less, more)}{where}{f' against {than}' if than else ''}"
+    if effect.compare == "ratio" and texts[0] == nothing:
+        texts = [f"{v:.2f}" for v in (value, low, high)]  # "1.0x more" would not say how little
     bounds = "" if texts[1] == texts[2] else f" ({texts[1]} to {texts[2]})"
     return f"{texts[0]}{unit}{bounds} {less if is_less else more}{where}{f' than {than}' if than else ''}"
 

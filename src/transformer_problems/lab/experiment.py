@@ -30,7 +30,7 @@ class Experiment(Protocol):
     arms: tuple[Arm, ...]
     chart: Chart
     columns: tuple[Column, ...]
-    gains: tuple[Effect, ...]  # words for whatever metric the catalogue's criterion names
+    gains: tuple[Effect, ...]  # words for whatever metric the catalogue's criterion names, own baseline first
     costs: tuple[Effect, ...]  # what a solution may cost, the most telling first
     shared_examples: frozenset[str]  # metrics that every arm is measured by on the same examples
 
@@ -43,5 +43,5 @@ class Experiment(Protocol):
         ...
 
     def finding(self, results: Results) -> str:
-        """One plain sentence on what the baseline showed, with its figures."""
+        """What the baseline showed, in one plain sentence with its figures, and what a verdict alone would hide."""
         ...

@@ -39,7 +39,7 @@ def judge(
     low, high = _neutral_zone(criterion)
     reason = (
         f"{criterion.metric} {criterion.compare} {effect.value:.3g}, 95% interval {effect.low:.3g} to "
-        f"{effect.high:.3g}; no difference that counts between {low:.3g} and {high:.3g}"
+        f"{effect.high:.3g}; a {criterion.compare} between {low:.3g} and {high:.3g} counts as no effect"
         f"{f'; left out: its baseline {without}' if without else ''}"
     )
     return Verdict(problem, arm.slug, word, effect, reason)

@@ -107,13 +107,13 @@ def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Result
     criterion = criterion_of(catalogue, experiment.problem, arm)
     failure = reasons.get(arm.slug) or (f"its baseline: {reasons[baseline]}" if baseline in reasons else None)
     verdict = judge(experiment.problem, arm, baseline, criterion, results, failure)
-    costs = "; ".join(filter(None, (_effect_text(results, arm, baseline, cost) for cost in experiment.costs)))
+    costs = "; ".join(filter(None, (_effect_text(experiment, results, arm, cost) for cost in experiment.costs)))
     other = next((a.label for a in experiment.arms if a.slug == arm.baseline), "")
     return Row(
         arm,
         cells,
         verdict,
-        gain=_gain(experiment, arm, baseline, criterion, verdict, results, other),
+        gain=_gain(experiment, arm, criterion, verdict, results, other),
         cost=f"{costs} (against {other})" if costs and other else costs,
     )
 
@@ -121,27 +121,35 @@ def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Result
 def _gain(
     experiment: Experiment,
     arm: Arm,
-    baseline: str,
     criterion: Criterion,
     verdict: Verdict | None,
     results: Results,
     other: str,
 ) -> str:
+    """The effect that the verdict rests on, then what the same metric gains against further arms."""
     if verdict is None:
         return ""
     if verdict.effect is None:
         return verdict.reason
-    words = next(e for e in experiment.gains if e.metric == criterion.metric)
-    x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
-    return describe_effect(words, verdict.effect, x, other)
+    gains = [e for e in experiment.gains if e.metric == criterion.metric]
+    words = next(e for e in gains if e.against is None)
+    x = common_x(results, arm.slug, _compared_with(experiment, arm, words), criterion.metric, criterion.at)
+    further = (_effect_text(experiment, results, arm, e) for e in gains if e.against is not None)
+    return "; ".join(filter(None, (describe_effect(words, verdict.effect, x, other), *further)))
 
 
-def _effect_text(results: Results, arm: Arm, baseline: str, effect: Effect) -> str:
+def _compared_with(experiment: Experiment, arm: Arm, effect: Effect) -> str:
+    return effect.against or arm.baseline or experiment.arms[0].slug
+
+
+def _effect_text(experiment: Experiment, results: Results, arm: Arm, effect: Effect) -> str:
+    baseline = _compared_with(experiment, arm, effect)
     x = common_x(results, arm.slug, baseline, effect.metric, effect.at)
     if diverged := results.diverged(arm.slug, effect.metric, x):
         return f"{effect.metric} {diverged}"
     interval = measure_effect(results, arm.slug, baseline, effect.metric, effect.compare, x)
-    return "" if interval is None else describe_effect(effect, interval, x)
+    than = next((a.label for a in experiment.arms if a.slug == effect.against), "")
+    return "" if interval is None else describe_effect(effect, interval, x, than)
 
 
 def _cell(experiment: Experiment, column: Column, arm: Arm, results: Results) -> Interval | None:

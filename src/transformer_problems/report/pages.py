@@ -5,7 +5,7 @@ from pathlib import Path
 from transformer_problems.catalogue import Catalogue, Problem
 from transformer_problems.core.summaries import ProblemSummary
 from transformer_problems.report.scales import has_chart
-from transformer_problems.report.story import leading_rows, render, status_of, write_text
+from transformer_problems.report.story import leading_rows, render, status_of, variants_of, write_text
 
 
 def write_problem_page(summary: ProblemSummary | None, problem: Problem, catalogue: Catalogue, folder: Path) -> Path:
@@ -32,7 +32,10 @@ def problem_page(summary: ProblemSummary | None, problem: Problem, catalogue: Ca
         problem=problem,
         summary=summary,
         pictured=summary is not None and has_chart(summary),
-        pairs=[(pair, status_of(pair, rows), rows.get(pair.solution.slug)) for pair in catalogue.pairs(problem)],
+        pairs=[
+            (pair, status_of(pair, rows), rows.get(pair.solution.slug), variants_of(pair, summary))
+            for pair in catalogue.pairs(problem)
+        ],
         previous=problems[place - 1] if place else None,
         following=problems[place + 1] if place + 1 < len(problems) else None,
     )

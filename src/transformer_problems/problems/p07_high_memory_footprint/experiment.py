@@ -158,13 +158,25 @@ class HighMemoryFootprint:
         if fit is not None:
             text += f"; {budget.mean() / _MIB:,.0f} MiB hold a step on {fit.mean():,.0f}"
         decoding, cache = (results.samples("kv_plain", metric) for metric in ("longest_peak_bytes", "cache_bytes"))
-        if decoding is None or cache is None:
-            return f"{text}."
-        texts = results.xs("kv_plain", "peak_memory_bytes")
-        return (
-            f"{text}. Decoding a text of {max(texts):,.0f} tokens takes {decoding.mean() / _MIB:,.0f} MiB, "
-            f"{cache.mean() / decoding.mean():.0%} of it keys and values."
-        )
+        if decoding is not None and cache is not None:
+            texts = results.xs("kv_plain", "peak_memory_bytes")
+            text += (
+                f". Decoding a text of {max(texts):,.0f} tokens takes {decoding.mean() / _MIB:,.0f} MiB, "
+                f"{cache.mean() / decoding.mean():.0%} of it keys and values"
+            )
+        return f"{text}.{_checkpoints_told(results)}"
+
+
+def _checkpoints_told(results: Results) -> str:
+    """A sentence on which checkpoints save more in the training step; empty where one of them is missing."""
+    peaks = [results.samples(f"checkpoint_{every}", "longest_peak_bytes") for every in ("sqrt", "each")]
+    if any(peak is None for peak in peaks):
+        return ""
+    sqrt, each = (peak.mean() / _MIB for peak in peaks if peak is not None)
+    return (
+        f" Checkpoints every sqrt(L) layers bring the step to {sqrt:,.0f} MiB, checkpoints at every layer to "
+        f"{each:,.0f}: sqrt(L) {'loses' if sqrt > each else 'wins'} here."
+    )
 
 
 def _training(bench: Bench, size: _Size) -> Iterator[Measurement]:

@@ -17,7 +17,8 @@ def checkpoint_layers(model: nn.Module, *, every: int | Literal["sqrt"] = "sqrt"
     """Inside, the model's layers keep only the input of every segment of layers for the backward pass.
 
     The backward pass runs each segment forward once more, so L layers hold the inputs of L / s segments and, for a
-    moment, the activations of s layers: least at s = sqrt(L), where memory grows as the square root of depth. The cost
+    moment, the activations of s layers. Were a layer's activations as large as its input, s = sqrt(L) would hold
+    least, and memory grow as the square root of depth; they are many times larger, so s = 1 often holds less. The cost
     is one extra forward pass of the layers. Gradients and random draws are those of the plain model. On exit, also
     after an error, the model is as it was; passes begun inside may still be differentiated. Passes without gradients
     are not changed.
