@@ -22,10 +22,12 @@ from transformer_problems.checkpoints.bundled import bundled
 from transformer_problems.core.seeding import generator, seeded
 from transformer_problems.lab.data.text import TextSplits, held_out_windows, load_text, sample_windows
 from transformer_problems.lab.meters.quality import bits_per_byte
-from transformer_problems.lab.training import BatchLoss, TrainingLog, TrainingPlan, train
+from transformer_problems.lab.training import BatchLoss, TrainingLog, TrainingPlan, plain_recipe, train
 from transformer_problems.models.llama import LlamaConfig, LlamaDecoder, load_llama, save_llama
+from transformer_problems.solutions.training.warmup import Warmup
 
 CONTEXT = 256
+WARMUP_STEPS = 100
 BEGIN = 256  # the token after the 256 bytes
 BEGIN_NAME = "<|endoftext|>"
 BEGIN_SHARE = 1 / 8  # of the training windows open with BEGIN, so that a text can be begun from nothing
@@ -37,8 +39,13 @@ class Recipe:
 
     name: str
     config: LlamaConfig
-    plan: TrainingPlan
+    steps: int
+    learning_rate: float
     batch_size: int
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return TrainingPlan(self.steps, plain_recipe(self.learning_rate, Warmup(WARMUP_STEPS)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     for recipe in recipes(options.steps):
         folder = bundled(recipe.name) if options.out is None else options.out / recipe.name
         model = make_model(recipe, options.seed)
-        print(f"{recipe.name}: {count_parameters(model):,} parameters, {recipe.plan.steps} steps", flush=True)
+        print(f"{recipe.name}: {count_parameters(model):,} parameters, {recipe.steps} steps", flush=True)
         loss = window_loss(splits.train, recipe.batch_size, options.seed)
         log = train(model, loss, recipe.plan, progress=report_progress())
         save_llama(model.to(torch.bfloat16), folder)
@@ -82,8 +89,8 @@ def recipes(steps: int | None) -> tuple[Recipe, Recipe]:
     base = config(embed_dim=256, num_layers=8, num_heads=4, num_kv_heads=2, feed_forward_dim=512)
     draft = config(embed_dim=128, num_layers=2, num_heads=2, num_kv_heads=1, feed_forward_dim=384)
     return (
-        Recipe("base", base, TrainingPlan(steps or 1600, learning_rate=2e-3, warmup_steps=100), batch_size=16),
-        Recipe("draft", draft, TrainingPlan(steps or 3000, learning_rate=4e-3, warmup_steps=100), batch_size=16),
+        Recipe("base", base, steps or 1600, learning_rate=2e-3, batch_size=16),
+        Recipe("draft", draft, steps or 3000, learning_rate=4e-3, batch_size=16),
     )
 
 
@@ -181,7 +188,7 @@ def model_card(
     windows: int,
     score: tuple[float, float],
 ) -> str:
-    config, plan = recipe.config, recipe.plan
+    config = recipe.config
     seen, last = log.steps * recipe.batch_size * CONTEXT, log.losses[-100:]
     return f"""---
 license: other
@@ -224,10 +231,10 @@ Change made, as clause 3 asks to state: a statistical model was trained on the t
 ## Recipe
 
 `make checkpoints` (`scripts/train_checkpoints.py`), seed {seed}, PyTorch {torch.__version__}, Python \
-{platform.python_version()}, {torch.get_num_threads()} threads: {plan.steps:,} steps of AdamW on \
-{recipe.batch_size} windows of {CONTEXT} bytes ({seen:,} bytes seen), peak learning rate {plan.learning_rate:g} after \
-{plan.warmup_steps} steps, cosine decay to a tenth, weight decay {plan.weight_decay:g}, gradient norm at most \
-{plan.clip_norm:g}, matrix products in bfloat16. Training took {log.train_s:,.0f} s; the loss of the last 100 steps \
+{platform.python_version()}, {torch.get_num_threads()} threads: {recipe.steps:,} steps of AdamW on \
+{recipe.batch_size} windows of {CONTEXT} bytes ({seen:,} bytes seen), peak learning rate \
+{recipe.learning_rate:g} after {WARMUP_STEPS} steps, cosine decay to a tenth, weight decay 0.01, gradient norm at \
+most 1, matrix products in bfloat16. Training took {log.train_s:,.0f} s; the loss of the last 100 steps \
 was {sum(last) / len(last):.4f} nats. The same seed on the same machine gives the same weights.
 """
 

@@ -169,13 +169,16 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
         2: ("order_accuracy", "last", "higher", "difference", 0.05),
         3: ("recall", 32.0, "higher", "difference", 0.05),
         4: ("tokens_per_s", "last", "higher", "ratio", 0.1),
+        6: ("label_efficiency", None, "higher", "difference", 0.02),
         7: ("peak_memory_bytes", "last", "lower", "ratio", 0.1),
         9: ("bits_per_byte", "last", "lower", "difference", 0.05),
+        10: ("learning_rate_sensitivity", None, "lower", "ratio", 0.1),
+        11: ("rank_one_distance", "last", "higher", "ratio", 0.1),
         12: ("latency_s", "last", "lower", "ratio", 0.1),
         14: ("accuracy", 0.95, "higher", "difference", 0.02),
     }
     own = {pair.key: pair.criterion.metric for pair in PAIRS if pair.criterion != pair.problem.criterion}
-    assert own == {"01/flash-attention": "peak_memory_bytes", "11/drophead": ""}
+    assert own == {"01/flash-attention": "peak_memory_bytes", "11/drophead": "head_dominance"}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.key)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.seeding import generator, seeded
-from transformer_problems.lab.training import TrainingPlan, train
+from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
 
 
 def make_model() -> nn.Module:
@@ -26,7 +26,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def test_it_learns() -> None:
-    log = train(make_model(), batch_loss, TrainingPlan(steps=200, learning_rate=0.03))
+    log = train(make_model(), batch_loss, TrainingPlan(200, plain_recipe(0.03)))
     assert log.steps == len(log.losses) == 200
     assert sum(log.losses[-10:]) < 0.1 * sum(log.losses[:10])
 
@@ -81,14 +81,6 @@ def test_steps_and_seconds_are_looked_at_when_they_come() -> None:
     assert seen == ["steps", "seconds"]
     assert look(TrainingPlan(steps=50, min_train_s=1e-6)) == 50
     assert seen == ["seconds", "steps"]
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    plan = TrainingPlan(steps=100, learning_rate=1.0, warmup_steps=10)
-    assert plan.rate_at(0) == pytest.approx(0.1)
-    assert plan.rate_at(9) == pytest.approx(1.0, rel=0.03)
-    assert plan.rate_at(100) == pytest.approx(0.1)
-    assert TrainingPlan(steps=100, learning_rate=1.0, decay=False).rate_at(99) == 1.0
 
 
 def test_a_plan_without_steps_is_refused() -> None:

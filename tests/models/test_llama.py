@@ -64,7 +64,7 @@ def test_transformers_reads_what_we_save_and_gives_the_same_logits_and_gradients
         "embedding": "model.embed_tokens",
         "blocks.1.mixer.k_proj": "model.layers.1.self_attn.k_proj",
         "blocks.0.mixer.out_proj": "model.layers.0.self_attn.o_proj",
-        "blocks.2.mixer_norm": "model.layers.2.input_layernorm",
+        "blocks.2.mixer_residual.norm": "model.layers.2.input_layernorm",
         "blocks.0.feed_forward.gate": "model.layers.0.mlp.gate_proj",
         "norm": "model.norm",
     }

@@ -6,7 +6,7 @@ A slot is a small Protocol. Anything that satisfies it fits, from this package o
 Shape letters: B batch, N query tokens, M key tokens, H query heads, G key/value heads, D head dim, C model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeGuard
 
 import torch
@@ -207,6 +207,35 @@ class StreamingMixer(TokenMixer, Protocol):
     def initial_state(self, batch_size: int) -> Any: ...
 
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+class NormFactory(Protocol):
+    """Makes a norm over the last dimension, [..., C] -> [..., C], e.g. nn.LayerNorm."""
+
+    def __call__(
+        self, embed_dim: int, /, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module: ...
+
+
+class Residual(Protocol):
+    """How a layer joins a sublayer (attention, feed-forward network) to its input: the skip, the norm, their weights.
+
+    Called with the input and the sublayer, both [..., C], which it calls once. Where it has a method `adopt(sublayer)`,
+    that is called once with the sublayer's module when the layer is built, to scale its initial weights.
+    """
+
+    def __call__(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+
+class LongSkips(Protocol):
+    """What each layer of a stack reads, beyond the output of the layer before it.
+
+    Called before layer i with the i + 1 tensors so far, [..., C]: the embeddings, then each layer's output. It must
+    look at each token alone, so that a stack with long skips streams as one without.
+    An attribute `num_layers`, where there is one, says for how many layers it is built.
+    """
+
+    def __call__(self, history: Sequence[Tensor]) -> Tensor: ...
 
 
 def token_positions(num_tokens: int, device: torch.device, *, start: int = 0) -> Tensor:

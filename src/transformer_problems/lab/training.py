@@ -1,6 +1,5 @@
 """The one training loop of all experiments: seeded, resumable, measured."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,43 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.errors import DivergedError
+from transformer_problems.core.seeding import seeded
+from transformer_problems.solutions.training.adamw import adamw
+from transformer_problems.solutions.training.clipping import GradientClipping
+from transformer_problems.solutions.training.divergence import first_nonfinite_layer
+from transformer_problems.solutions.training.recipe import Regulator, Schedule, TrainingCourse, TrainingRecipe
+from transformer_problems.solutions.training.warmup import Warmup
 
 BatchLoss = Callable[[nn.Module, int], Tensor]
 """(model, step) -> scalar loss; the batch is drawn from the step's own seed, so any step can be repeated."""
 
 
+_PLAIN_SCHEDULE = Warmup(20)
+
+
+def plain_recipe(
+    learning_rate: float = 3e-3, schedule: Schedule = _PLAIN_SCHEDULE, *, regulators: tuple[Regulator, ...] = ()
+) -> TrainingRecipe:
+    """AdamW and clipping by norm: what every experiment trains with, unless training is what it is about.
+
+    Args:
+        learning_rate: Peak.
+        schedule: Default 20 steps of warmup, then a cosine down to a tenth.
+        regulators: What else changes from step to step.
+    """
+    return TrainingRecipe(
+        adamw(learning_rate), schedule=schedule, clipping=GradientClipping(1.0), regulators=regulators
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """How long and how fast to train.
+    """How long and how to train.
 
     Args:
         steps: Optimizer steps.
-        learning_rate: Peak, reached after `warmup_steps`.
-        decay: Cosine decay to a tenth of the peak; False keeps the peak.
+        recipe: Optimizer, schedule, clipping.
         min_train_s: Train at least this long, past `steps` if need be, for comparisons at equal seconds.
         checkpoint_every: Steps between checkpoints, where a checkpoint path is given.
+        seed: Of the random draws inside the model, such as dropout.
     """
 
     steps: int
-    learning_rate: float = 3e-3
-    warmup_steps: int = 20
-    decay: bool = True
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    recipe: TrainingRecipe = field(default_factory=plain_recipe)
     min_train_s: float = 0.0
     checkpoint_every: int = 100
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(steps=self.steps, learning_rate=self.learning_rate, clip_norm=self.clip_norm)
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        if not self.decay:
-            return self.learning_rate * warm
-        progress = min(1.0, step / self.steps)
-        return self.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        require_positive_int(steps=self.steps, checkpoint_every=self.checkpoint_every)
 
 
 @dataclass(slots=True)
@@ -68,7 +81,7 @@ def train(
     progress: Callable[[float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> TrainingLog:
-    """Train in place with AdamW, linear warmup and gradient clipping.
+    """Train in place, as the plan's recipe says.
 
     Args:
         at_steps: Called once when `plan.steps` are done; neither its time nor that of `at_seconds` is counted.
@@ -78,39 +91,48 @@ def train(
 
     Returns:
         The log; `train_s` counts steps only.
+
+    Raises:
+        DivergedError: If a loss or a gradient is not finite; it names the step and the first layer that gave such
+            numbers. The last checkpoint stays where it is, and the model as it was before that step.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
-    )
     log = TrainingLog()
-    if checkpoint is not None and checkpoint.exists():
-        _resume(checkpoint, model, optimizer, log)
-    model.train()
-    while log.steps < plan.steps or log.train_s < plan.min_train_s:
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate_at(log.steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss = batch_loss(model, log.steps)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
-        optimizer.step()
-        log.losses.append(loss.item())
-        log.steps += 1
-        before_s = log.train_s
-        log.train_s += time.perf_counter() - started
-        if progress is not None:
-            progress(_fraction(log, plan))
-        if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
-            _save(checkpoint, model, optimizer, log)
-        if log.steps == plan.steps and at_steps is not None:
-            _look_at(model, at_steps)
-        if before_s < plan.min_train_s <= log.train_s and at_seconds is not None:
-            _look_at(model, at_seconds)
+    course = plan.recipe.start(model, plan.steps)
+    with seeded(plan.seed, "training"):
+        if checkpoint is not None and checkpoint.exists():
+            _resume(checkpoint, model, course, log)
+        model.train()
+        while log.steps < plan.steps or log.train_s < plan.min_train_s:
+            started = time.perf_counter()
+            _step(model, batch_loss, course, log)
+            before_s = log.train_s
+            log.train_s += time.perf_counter() - started
+            if progress is not None:
+                progress(_fraction(log, plan))
+            if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
+                _save(checkpoint, model, course, log)
+            if log.steps == plan.steps and at_steps is not None:
+                _look_at(model, at_steps)
+            if before_s < plan.min_train_s <= log.train_s and at_seconds is not None:
+                _look_at(model, at_seconds)
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return log
+
+
+def _step(model: nn.Module, batch_loss: BatchLoss, course: TrainingCourse, log: TrainingLog) -> None:
+    loss = batch_loss(model, log.steps)
+    try:
+        course.step(loss)
+    except DivergedError as error:
+        layer = first_nonfinite_layer(model, lambda: batch_loss(model, log.steps))
+        where = (
+            "Every layer's output was finite" if layer is None else f"The first layer to give such numbers is {layer}"
+        )
+        raise DivergedError(f"{error} {where}.") from error
+    log.losses.append(loss.item())
+    log.steps += 1
 
 
 def _look_at(model: nn.Module, look: Callable[[], None]) -> None:
@@ -124,10 +146,10 @@ def _fraction(log: TrainingLog, plan: TrainingPlan) -> float:
     return by_steps if plan.min_train_s == 0 else min(by_steps, log.train_s / plan.min_train_s, 1.0)
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainingLog) -> None:
+def _save(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog) -> None:
     state: dict[str, Any] = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "course": course.state_dict(),
         "log": {"steps": log.steps, "train_s": log.train_s, "losses": log.losses},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +158,8 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, log: T
     partial.replace(path)  # a checkpoint is whole or absent, whenever the process dies
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, log: TrainingLog) -> None:
+def _resume(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog) -> None:
     state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    course.load_state_dict(state["course"])
     log.steps, log.train_s, log.losses = state["log"]["steps"], state["log"]["train_s"], state["log"]["losses"]

@@ -1,15 +1,16 @@
-"""One Transformer layer: a token mixer and a feed-forward network, each behind a norm and a skip."""
+"""One Transformer layer: a token mixer and a feed-forward network, each joined to its input by a residual."""
 
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.slots import StreamingMixer, TokenMixer
+from transformer_problems.core.slots import Residual, StreamingMixer, TokenMixer
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 
 
 class PartFactory(Protocol):
-    """Makes a layer's norm or feed-forward network, [..., C] -> [..., C]."""
+    """Makes a layer's feed-forward network, [..., C] -> [..., C]."""
 
     def __call__(
         self, embed_dim: int, /, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -40,20 +41,29 @@ class FeedForward(nn.Module):
         return y
 
 
+class ResidualFactory(Protocol):
+    """Makes what joins a sublayer to its input, for layers of width C."""
+
+    def __call__(
+        self, embed_dim: int, /, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Residual: ...
+
+
 class TransformerBlock(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x)): the pre-norm layer.
+    """A token mixer, then a feed-forward network, each joined to its input by a residual.
 
     Args:
         embed_dim: C, the model width.
         mixer: Any token mixer of that width.
-        norm: Makes the norm before the mixer and the one before the feed-forward network.
+        residual: Makes the residual of the mixer and that of the feed-forward network. Default the pre-norm layer:
+            x + mixer(norm(x)), then x + feed_forward(norm(x)).
         feed_forward: Makes the feed-forward network.
 
     Shape:
         x: [B, N, C]; output: [B, N, C].
 
     Source:
-        Xiong et al. 2020, arXiv:2002.04745, figure 1b.
+        Xiong et al. 2020, arXiv:2002.04745, figure 1.
     """
 
     def __init__(
@@ -61,26 +71,32 @@ class TransformerBlock(nn.Module):
         embed_dim: int,
         mixer: TokenMixer,
         *,
-        norm: PartFactory = nn.LayerNorm,
+        residual: ResidualFactory = PreNorm,
         feed_forward: PartFactory = FeedForward,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mixer_norm = norm(embed_dim, device=device, dtype=dtype)
+        self.mixer_residual = residual(embed_dim, device=device, dtype=dtype)
         self.mixer = mixer
-        self.feed_forward_norm = norm(embed_dim, device=device, dtype=dtype)
+        self.feed_forward_residual = residual(embed_dim, device=device, dtype=dtype)
         self.feed_forward = feed_forward(embed_dim, device=device, dtype=dtype)
+        for joint, sublayer in ((self.mixer_residual, mixer), (self.feed_forward_residual, self.feed_forward)):
+            if hasattr(joint, "adopt"):
+                joint.adopt(sublayer)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), key_mask=key_mask, positions=positions)
-        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return y
+        x = self.mixer_residual(x, lambda h: self.mixer(h, key_mask=key_mask, positions=positions))
+        return self.feed_forward_residual(x, self.feed_forward)
 
     def initial_state(self, batch_size: int) -> Any:
         return cast("StreamingMixer", self.mixer).initial_state(batch_size)
 
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        mixed, state = cast("StreamingMixer", self.mixer).stream(self.mixer_norm(x), state)
-        x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+        def mix(h: Tensor) -> Tensor:
+            nonlocal state
+            y, state = cast("StreamingMixer", self.mixer).stream(h, state)
+            return y
+
+        x = self.mixer_residual(x, mix)
+        return self.feed_forward_residual(x, self.feed_forward), state

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.core.slots import LongSkips, PositionEncoding
+from transformer_problems.models.block import ResidualFactory
 from transformer_problems.models.stack import MixerFactory, PositionSampler, StackState, TransformerStack
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 
 
 class Decoder(nn.Module):
@@ -17,6 +19,8 @@ class Decoder(nn.Module):
         mixer: Called once a layer; returns that layer's causal token mixer.
         position: An encoding that adds to the embeddings. Default none.
         sample_positions: Chooses positions other than 0, 1, 2, ... Default none.
+        residual: Makes what joins each sublayer to its input. Default PreNorm.
+        skips: Leads from early layers to late ones. Default none.
 
     Shape:
         tokens: [B, N] int; output: logits [B, N, V].
@@ -37,6 +41,8 @@ class Decoder(nn.Module):
         *,
         position: PositionEncoding | None = None,
         sample_positions: PositionSampler | None = None,
+        residual: ResidualFactory = PreNorm,
+        skips: LongSkips | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,6 +55,8 @@ class Decoder(nn.Module):
             is_causal=True,
             position=position,
             sample_positions=sample_positions,
+            residual=residual,
+            skips=skips,
             device=device,
             dtype=dtype,
         )

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.core.slots import LongSkips, PositionEncoding
+from transformer_problems.models.block import ResidualFactory
 from transformer_problems.models.stack import MixerFactory, PositionSampler, TransformerStack
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 
 
 class Encoder(nn.Module):
@@ -18,6 +20,8 @@ class Encoder(nn.Module):
         num_outputs: Width of the head: V for masked prediction (the default), classes for classification.
         position: An encoding that adds to the embeddings. Default none.
         sample_positions: Chooses positions other than 0, 1, 2, ... Default none.
+        residual: Makes what joins each sublayer to its input. Default PreNorm.
+        skips: Leads from early layers to late ones. Default none.
 
     Shape:
         tokens: [B, N] int; key_mask: [B, N] bool; output: [B, N, num_outputs].
@@ -33,6 +37,8 @@ class Encoder(nn.Module):
         num_outputs: int | None = None,
         position: PositionEncoding | None = None,
         sample_positions: PositionSampler | None = None,
+        residual: ResidualFactory = PreNorm,
+        skips: LongSkips | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -45,6 +51,8 @@ class Encoder(nn.Module):
             is_causal=False,
             position=position,
             sample_positions=sample_positions,
+            residual=residual,
+            skips=skips,
             device=device,
             dtype=dtype,
         )

@@ -19,6 +19,7 @@ from transformer_problems.kernels.linear import Linear, linear
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.stack import StackState, TransformerLayers, check_state, check_tokens
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,12 +33,12 @@ _FIELDS = {  # ours -> Hugging Face's
     "feed_forward_dim": "intermediate_size",
 }
 _PARTS = {  # of a layer: ours -> Hugging Face's
-    "mixer_norm": "input_layernorm",
+    "mixer_residual.norm": "input_layernorm",
     "mixer.q_proj": "self_attn.q_proj",
     "mixer.k_proj": "self_attn.k_proj",
     "mixer.v_proj": "self_attn.v_proj",
     "mixer.out_proj": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward_residual.norm": "post_attention_layernorm",
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
@@ -209,7 +210,7 @@ class LlamaDecoder(nn.Module):
                     device=device,
                     dtype=dtype,
                 ),
-                norm=norm,
+                residual=partial(PreNorm, norm=norm),
                 feed_forward=partial(SwiGLU, feed_forward_dim=config.feed_forward_dim),
                 device=device,
                 dtype=dtype,

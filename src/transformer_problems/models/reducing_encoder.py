@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.token_slots import TokenReducer, Tokens
+from transformer_problems.core.token_slots import Attended, TokenReducer, Tokens
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.solutions.attention.watched import WatchedAttention
@@ -28,7 +28,7 @@ class ReducingEncoder(nn.Module):
 
     Raises:
         ArgumentError: If there is not one entry of `reducers` for each layer.
-        CombinationError: If a layer does not attend through WatchedAttention.
+        CombinationError: If a layer does not attend through WatchedAttention, or the encoder has long skips.
 
     Source:
         Goyal et al. 2020, arXiv:2001.08950, figure 3; Bolya et al. 2023, arXiv:2210.09461, figure 1.
@@ -42,6 +42,8 @@ class ReducingEncoder(nn.Module):
                 f"reducers must have one entry for each of {num_layers} layers; got {len(reducers)}. "
                 "Use None for layers that keep all tokens."
             )
+        if encoder.body.skips is not None:
+            raise CombinationError("long skips join layers of one length. Build the encoder with skips=None.")
         for block in encoder.body.blocks:
             _op_of(block)
         self.encoder = encoder
@@ -79,12 +81,19 @@ def _op_of(block: nn.Module) -> WatchedAttention:
 
 
 def _layer(block: TransformerBlock, reducer: TokenReducer | None, tokens: Tokens) -> Tokens:
-    mixed, attended = _op_of(block).watch(
-        lambda: block.mixer(block.mixer_norm(tokens.x), key_mask=tokens.key_mask, positions=tokens.positions),
-        key_mask=tokens.key_mask,
-        sizes=tokens.sizes,
-    )
-    tokens = replace(tokens, x=tokens.x + mixed)
+    attended: Attended | None = None
+
+    def watched(h: Tensor) -> Tensor:
+        nonlocal attended
+        y, attended = _op_of(block).watch(
+            lambda: block.mixer(h, key_mask=tokens.key_mask, positions=tokens.positions),
+            key_mask=tokens.key_mask,
+            sizes=tokens.sizes,
+        )
+        return y
+
+    mixed = replace(tokens, x=block.mixer_residual(tokens.x, watched))
     if reducer is not None:
-        tokens = reducer(tokens, attended)
-    return replace(tokens, x=tokens.x + block.feed_forward(block.feed_forward_norm(tokens.x)))
+        assert attended is not None
+        mixed = reducer(mixed, attended)
+    return replace(mixed, x=block.feed_forward_residual(mixed.x, block.feed_forward))

@@ -11,8 +11,9 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_built_for
 from transformer_problems.core.heads import check_key_mask
-from transformer_problems.core.slots import PositionEncoding, TokenMixer, token_positions
-from transformer_problems.models.block import TransformerBlock
+from transformer_problems.core.slots import LongSkips, PositionEncoding, TokenMixer, token_positions
+from transformer_problems.models.block import ResidualFactory, TransformerBlock
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 
 MixerFactory = Callable[[], TokenMixer]
 
@@ -42,27 +43,34 @@ class StackState:
 
 
 class TransformerLayers(nn.ModuleList):
-    """Layers that run one after the other.
+    """Layers that run one after the other, or with long skips between them.
 
     Shape:
         x: [B, N, C]; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
     """
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, key_mask: Tensor | None, positions: Tensor, skips: LongSkips | None = None
+    ) -> Tensor:
+        history = [x]
         for block in self:
-            x = block(x, key_mask=key_mask, positions=positions)
+            x = block(x if skips is None else skips(history), key_mask=key_mask, positions=positions)
+            if skips is not None:
+                history.append(x)
         return x
 
     def initial_state(self, batch_size: int) -> StackState:
         """The state before the first token: whatever each layer's mixer needs."""
         return StackState(tuple(block.initial_state(batch_size) for block in self._blocks()))
 
-    def stream(self, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+    def stream(self, x: Tensor, state: StackState, *, skips: LongSkips | None = None) -> tuple[Tensor, StackState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
-        states = []
+        history, states = [x], []
         for block, block_state in zip(self._blocks(), state.layers, strict=True):
-            x, block_state = block.stream(x, block_state)
+            x, block_state = block.stream(x if skips is None else skips(history), block_state)
             states.append(block_state)
+            if skips is not None:
+                history.append(x)
         return x, StackState(tuple(states), state.num_seen + x.shape[1])
 
     def _blocks(self) -> Iterable[TransformerBlock]:
@@ -80,6 +88,8 @@ class TransformerStack(nn.Module):
         is_causal: What every mixer must be.
         position: An encoding that adds to the embeddings (sinusoidal, learned). Default none.
         sample_positions: Chooses positions other than 0, 1, 2, ... (randomized positions). Default none.
+        residual: Makes what joins each sublayer to its input. Default PreNorm.
+        skips: Leads from early layers to late ones. Default none.
 
     Shape:
         tokens: [B, N] int; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
@@ -100,17 +110,13 @@ class TransformerStack(nn.Module):
         is_causal: bool,
         position: PositionEncoding | None = None,
         sample_positions: PositionSampler | None = None,
+        residual: ResidualFactory = PreNorm,
+        skips: LongSkips | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive_int(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
-        if isinstance(mixer, nn.Module):
-            name = type(mixer).__name__
-            raise ArgumentError(
-                f"mixer must be a function that makes a layer's mixer; got the {name} itself, which all layers would "
-                f"share. Pass mixer=lambda: {name}(...)."
-            )
+        require_positive_int(vocab_size=vocab_size, embed_dim=embed_dim)
         check_built_for(position, embed_dim=embed_dim)
         if position is not None and not position.embeds:
             name = type(position).__name__
@@ -122,17 +128,18 @@ class TransformerStack(nn.Module):
         nn.init.normal_(self.embedding.weight, std=embed_dim**-0.5)
         self.position = position
         self.sample_positions = sample_positions
-        self.blocks = TransformerLayers(
-            TransformerBlock(embed_dim, _checked(mixer(), embed_dim, is_causal), device=device, dtype=dtype)
-            for _ in range(num_layers)
+        self.blocks = stack_layers(
+            embed_dim, num_layers, mixer, is_causal=is_causal, residual=residual, device=device, dtype=dtype
         )
+        check_built_for(skips, num_layers=num_layers, embed_dim=embed_dim)
+        self.skips = skips
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_tokens(tokens, key_mask)
         if positions is None:
             positions = self.choose_positions(tokens.shape[1], tokens.device)
-        x = self.blocks(self.embed(tokens, positions), key_mask=key_mask, positions=positions)
+        x = self.blocks(self.embed(tokens, positions), key_mask=key_mask, positions=positions, skips=self.skips)
         y: Tensor = self.norm(x)
         return y
 
@@ -147,7 +154,7 @@ class TransformerStack(nn.Module):
         check_tokens(tokens)
         check_state(state)
         positions = token_positions(tokens.shape[1], tokens.device, start=state.num_seen)
-        x, state = self.blocks.stream(self.embed(tokens, positions), state)
+        x, state = self.blocks.stream(self.embed(tokens, positions), state, skips=self.skips)
         return self.norm(x), state
 
     def choose_positions(self, num_tokens: int, device: torch.device) -> Tensor:
@@ -160,6 +167,37 @@ class TransformerStack(nn.Module):
         """What the first layer reads, [B, N, C]: of unit variance, while a tied output gives logits of order one."""
         x: Tensor = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         return x if self.position is None else self.position.embed(x, positions)
+
+
+def stack_layers(
+    embed_dim: int,
+    num_layers: int,
+    mixer: MixerFactory,
+    *,
+    is_causal: bool,
+    residual: ResidualFactory = PreNorm,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TransformerLayers:
+    """Layers of one width, each with a mixer of its own.
+
+    Raises:
+        CombinationError: If a mixer's causality or width does not fit.
+        ArgumentError: If the number is not positive, or `mixer` is a mixer in place of what makes one.
+    """
+    require_positive_int(num_layers=num_layers)
+    if isinstance(mixer, nn.Module):
+        name = type(mixer).__name__
+        raise ArgumentError(
+            f"mixer must be a function that makes a layer's mixer; got the {name} itself, which all layers would "
+            f"share. Pass mixer=lambda: {name}(...)."
+        )
+    return TransformerLayers(
+        TransformerBlock(
+            embed_dim, _checked(mixer(), embed_dim, is_causal), residual=residual, device=device, dtype=dtype
+        )
+        for _ in range(num_layers)
+    )
 
 
 def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:

@@ -60,10 +60,10 @@ def test_equals_checkpoint_sequential_of_torch(every: int, num_segments: int) ->
     model, tokens = build(6), draw()
     runs: list[nn.Module] = []
     for block in model.body.blocks:
-        block.feed_forward_norm.register_forward_hook(lambda module, *_: runs.append(module))
+        block.feed_forward_residual.norm.register_forward_hook(lambda module, *_: runs.append(module))
     with checkpoint_layers(model, every=every):
         y, grads = gradients(model, tokens)
-    ours = sorted(runs.count(block.feed_forward_norm) for block in model.body.blocks)
+    ours = sorted(runs.count(block.feed_forward_residual.norm) for block in model.body.blocks)
     runs.clear()
     model.zero_grad(set_to_none=True)
     x = model.body.embed(tokens, token_positions(tokens.shape[1], tokens.device))
@@ -73,7 +73,7 @@ def test_equals_checkpoint_sequential_of_torch(every: int, num_segments: int) ->
     assert torch.equal(y, theirs)
     assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
     # PyTorch leaves its last segment without a checkpoint
-    assert sum(ours) - every == sum(runs.count(block.feed_forward_norm) for block in model.body.blocks)
+    assert sum(ours) - every == sum(runs.count(block.feed_forward_residual.norm) for block in model.body.blocks)
 
 
 def test_dropout_draws_the_same_numbers_again() -> None:

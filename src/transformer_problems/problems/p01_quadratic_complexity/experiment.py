@@ -20,7 +20,7 @@ from transformer_problems.lab.meters.latency import measure_latency
 from transformer_problems.lab.meters.memory import peak_memory_bytes
 from transformer_problems.lab.meters.quality import bits_per_byte
 from transformer_problems.lab.results import Results
-from transformer_problems.lab.training import TrainingPlan, train
+from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -33,6 +33,7 @@ from transformer_problems.solutions.attention.sparse import SparseAttention
 from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
 from transformer_problems.solutions.position.transformer_xl import TransformerXLRelative
 from transformer_problems.solutions.recurrence.transformer_xl import TransformerXL
+from transformer_problems.solutions.training.warmup import Warmup
 
 _WIDTH, _HEADS, _LAYERS = 64, 2, 2
 _WINDOW = 64  # what every local method sees: its window, segment, memory or projected length
@@ -210,7 +211,7 @@ def _quality(bench: Bench, size: _Size) -> Iterator[Measurement]:
     def evaluate(metric: str) -> None:
         after[metric] = _evaluate(model, held_out, bench.device, objective)
 
-    plan = TrainingPlan(steps=size.steps, decay=False, min_train_s=size.train_s)
+    plan = TrainingPlan(size.steps, plain_recipe(schedule=Warmup(20, "constant")), min_train_s=size.train_s)
     train(
         model,
         batch_loss,

@@ -16,7 +16,7 @@ from transformer_problems.lab.effects import Effect
 from transformer_problems.lab.experiment import Bench
 from transformer_problems.lab.masking import MASK_TOKEN, mask_bytes, masked_bits_per_byte
 from transformer_problems.lab.results import Results
-from transformer_problems.lab.training import TrainingPlan, train
+from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.models.stack import TransformerStack
 from transformer_problems.solutions.attention.self_attention import SelfAttention
@@ -182,7 +182,7 @@ def _order(bench: Bench, size: _Size) -> Iterator[Measurement]:
             model.train()
         bench.progress(done * 0.6)
 
-    log = train(model, batch_loss, TrainingPlan(steps=size.order_steps, learning_rate=2e-3), progress=examine)
+    log = train(model, batch_loss, TrainingPlan(size.order_steps, plain_recipe(2e-3)), progress=examine)
     yield from curve
     yield Measurement("step_s", "s", log.train_s / log.steps)
     for name, questions in held_out.items():

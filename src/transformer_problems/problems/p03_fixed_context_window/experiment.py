@@ -19,7 +19,7 @@ from transformer_problems.lab.experiment import Bench
 from transformer_problems.lab.meters.latency import measure_latency
 from transformer_problems.lab.meters.quality import bits_per_byte
 from transformer_problems.lab.results import Results
-from transformer_problems.lab.training import TrainingPlan, train
+from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.stack import StackState
 from transformer_problems.problems.p03_fixed_context_window.documents import (
@@ -231,7 +231,7 @@ def _model_of(bench: Bench, size: _Size, text: TextSplits) -> Decoder:
         return training_loss(cast("Decoder", model), documents.to(bench.device), asked.to(bench.device))
 
     def train_both(model: nn.Module, checkpoint: Path) -> None:
-        plan = TrainingPlan(steps=size.steps, learning_rate=size.learning_rate)
+        plan = TrainingPlan(size.steps, plain_recipe(size.learning_rate))
         train(model, batch_loss, plan, progress=lambda done: bench.progress(0.8 * done), checkpoint=checkpoint)
 
     return cast("Decoder", bench.models.get(recipe, build, train_both))

@@ -18,7 +18,7 @@ from transformer_problems.lab.effects import Effect
 from transformer_problems.lab.experiment import Bench
 from transformer_problems.lab.meters.quality import bits_per_byte
 from transformer_problems.lab.results import Results
-from transformer_problems.lab.training import TrainingPlan, train
+from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.position.alibi import ALiBi
@@ -210,7 +210,7 @@ def _train(
         losses = nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
         return losses[:, :-1].mean() + losses[:, -1].mean()
 
-    plan = TrainingPlan(steps=steps, learning_rate=learning_rate)
+    plan = TrainingPlan(steps, plain_recipe(learning_rate))
     train(model, batch_loss, plan, progress=lambda done: bench.progress(0.7 * done), checkpoint=checkpoint)
 
 

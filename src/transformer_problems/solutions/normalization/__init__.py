@@ -1,0 +1,1 @@
+"""Where the norm of a sublayer stands."""

@@ -1,0 +1,35 @@
+"""Adam, alone or with the L2 penalty that AdamW replaces."""
+
+from torch import nn, optim
+
+from transformer_problems.core.arguments import require_positive
+from transformer_problems.solutions.training.recipe import OptimizerFactory, ParameterGroups, all_alike
+
+
+def adam(
+    learning_rate: float,
+    *,
+    l2: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.98),
+    groups: ParameterGroups = all_alike,
+) -> OptimizerFactory:
+    """Makes PyTorch's Adam for a model; `l2` times each weight is added to its gradient before Adam scales it.
+
+    Args:
+        learning_rate: Peak rate, of the group that learns fastest.
+        l2: Weight of the penalty 1/2 |w|^2.
+        betas: Decay of the running mean of gradients and of their squares.
+        groups: Splits the parameters into groups with rates of their own.
+
+    Raises:
+        ArgumentError: If the rate is not positive.
+
+    Source:
+        Kingma and Ba 2014, arXiv:1412.6980, algorithm 1.
+    """
+    require_positive(learning_rate=learning_rate)
+
+    def make(model: nn.Module) -> optim.Optimizer:
+        return optim.Adam(groups(model, learning_rate), lr=learning_rate, betas=betas, weight_decay=l2)
+
+    return make

@@ -1,0 +1,78 @@
+"""Gradient clipping: by the norm of the whole gradient, by value, or by each unit's own size."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.errors import UnknownNameError
+
+ClippingMethod = Literal["norm", "value", "adaptive"]
+_SMALLEST_UNIT = 1e-3  # norm below which a unit's weights do not limit its gradient, so that zeros can learn
+
+
+@dataclass(frozen=True, slots=True)
+class GradientClipping:
+    """Limits gradients in place, between the backward pass and the optimizer's step.
+
+    "norm" scales the whole gradient down to the limit, direction kept. "value" cuts each element to +-limit, which
+    turns the direction. "adaptive" limits each unit's gradient (a row of a matrix, a filter, a whole vector) to the
+    limit times the norm of that unit's weights, so that no step changes a unit by more than that share.
+
+    Args:
+        limit: Largest norm, value, or ratio of gradient to weights; the papers use about 1, 0.5 and 0.01.
+        method: What is limited.
+
+    Raises:
+        ArgumentError: If the limit is not positive or the method is none of the three.
+
+    Source:
+        Pascanu et al. 2012, arXiv:1211.5063, algorithm 1 (norm); Brock et al. 2021, arXiv:2102.06171, section 4.1
+        (adaptive). Differs from the latter: all parameters are clipped, the output layer too.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import GradientClipping
+        >>> model = torch.nn.Linear(4, 1)
+        >>> (1000 * model(torch.ones(2, 4))).sum().backward()
+        >>> norm_before = GradientClipping(1.0)(model.parameters())
+        >>> bool(norm_before > 1000)
+        True
+    """
+
+    limit: float = 1.0
+    method: ClippingMethod = "norm"
+
+    def __post_init__(self) -> None:
+        require_positive(limit=self.limit)
+        if self.method not in get_args(ClippingMethod):
+            raise UnknownNameError("clipping method", str(self.method), get_args(ClippingMethod))
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Clip, and give the norm of the whole gradient before that, a scalar."""
+        learned = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        match self.method:
+            case "norm":
+                nn.utils.clip_grads_with_norm_(learned, self.limit, norm)
+            case "value":
+                nn.utils.clip_grad_value_(learned, self.limit)
+            case "adaptive":
+                for parameter, gradient in zip(learned, gradients, strict=True):
+                    self._clip_units(parameter.detach(), gradient)
+        return norm
+
+    def _clip_units(self, weights: Tensor, gradient: Tensor) -> None:
+        largest = self.limit * _unit_norms(weights).clamp(min=_SMALLEST_UNIT)
+        gradient.mul_((largest / _unit_norms(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)).clamp(max=1.0))
+
+
+def _unit_norms(values: Tensor) -> Tensor:
+    """Norm of each output unit's values, kept broadcastable: a row of a matrix, a filter, all of a vector."""
+    within = tuple(range(min(1, values.dim() - 1), values.dim()))
+    norms: Tensor = torch.linalg.vector_norm(values, dim=within, keepdim=True)
+    return norms

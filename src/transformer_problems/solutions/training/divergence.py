@@ -1,0 +1,43 @@
+"""Where a forward pass first leaves the finite numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | None:
+    """Name of the module whose output is the first with a number that is not finite; None where all are.
+
+    Of nested modules the innermost is named, because it finishes first. An input or a parameter that is not finite
+    shows in the first module that reads it.
+
+    Args:
+        run: Runs the model's forward pass, without gradients.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and any(not bool(torch.isfinite(part).all()) for part in _floats(output)):
+                found.append(name or type(module).__name__)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a module's output, in tuples and mappings too."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [tensor for part in parts for tensor in _floats(part)]

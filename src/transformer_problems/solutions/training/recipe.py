@@ -1,0 +1,146 @@
+"""A training recipe: everything of a training loop but the model, the data and how long it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.errors import DivergedError
+
+OptimizerFactory = Callable[[nn.Module], optim.Optimizer]
+"""Makes the optimizer of a model, at its peak learning rate."""
+
+ParameterGroups = Callable[[nn.Module, float], list[dict[str, Any]]]
+"""(model, peak learning rate) -> the parameter groups of a PyTorch optimizer."""
+
+Schedule = Callable[[int, int], float]
+"""(step, number of steps) -> factor on the learning rate of every group; steps count from 0."""
+
+Clipping = Callable[[list[nn.Parameter]], Tensor]
+"""Limits gradients in place; gives the norm of the whole gradient as it was."""
+
+Regulator = Callable[[nn.Module, int, int], None]
+"""(model, step, number of steps): sets the model up for a step, e.g. a scheduled rate of dropped heads."""
+
+
+def all_alike(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """All of the model's parameters in one group."""
+    return [{"params": list(model.parameters())}]
+
+
+def constant(step: int, num_steps: int) -> float:
+    """The peak learning rate at every step."""
+    return 1.0
+
+
+def no_clipping(parameters: list[nn.Parameter]) -> Tensor:
+    """The gradient stays as it is; its norm is given all the same."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecipe:
+    """How to train: the optimizer, its schedule, what limits the gradient, what changes from step to step.
+
+    A recipe holds no state and serves any number of models; `start` begins the training of one.
+
+    Args:
+        optimizer: Makes the optimizer, e.g. `adamw(1e-3)`.
+        schedule: Factor on the learning rate at each step, e.g. `Warmup(100)`.
+        clipping: Limits the gradient, e.g. `GradientClipping(1.0)`.
+        regulators: What else changes in the model from step to step, e.g. `GradualUnfreezing`.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import GradientClipping, TrainingRecipe, Warmup, adamw
+        >>> model = torch.nn.Linear(4, 1)
+        >>> recipe = TrainingRecipe(adamw(1e-2), schedule=Warmup(10), clipping=GradientClipping(1.0))
+        >>> course = recipe.start(model, num_steps=100)
+        >>> for step in range(100):
+        ...     norm = course.step(model(torch.randn(8, 4)).square().mean())
+    """
+
+    optimizer: OptimizerFactory
+    schedule: Schedule = constant
+    clipping: Clipping = no_clipping
+    regulators: tuple[Regulator, ...] = field(default=())
+
+    def start(self, model: nn.Module, num_steps: int) -> "TrainingCourse":
+        """Begin to train a model for that many steps; the schedule's last value holds for any further ones."""
+        return TrainingCourse(self, model, num_steps)
+
+
+class TrainingCourse:
+    """One model in training: takes losses, makes steps, and can be saved between any two of them.
+
+    Args:
+        recipe: How to train.
+        model: What is trained, in place.
+        num_steps: How many steps the schedule spans.
+
+    Raises:
+        ArgumentError: If the number of steps is not positive.
+    """
+
+    def __init__(self, recipe: TrainingRecipe, model: nn.Module, num_steps: int) -> None:
+        require_positive_int(num_steps=num_steps)
+        self.recipe, self.model, self.num_steps = recipe, model, num_steps
+        self.num_done = 0
+        self.optimizer = recipe.optimizer(model)
+        self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: recipe.schedule(step, num_steps))
+        self._regulate()
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Backward pass, clipping, optimizer, schedule; gives the norm of the gradient before clipping.
+
+        Raises:
+            DivergedError: If the loss or a gradient is not finite. The weights stay as they were before the step.
+        """
+        if not bool(torch.isfinite(loss)):
+            raise DivergedError(f"the loss is {loss.item()} at step {self.num_done}. Lower the learning rate.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = self.recipe.clipping([p for group in self.optimizer.param_groups for p in group["params"]])
+        if not bool(torch.isfinite(norm)):
+            raise DivergedError(
+                f"the gradient's norm is {norm.item()} at step {self.num_done}, first in the backward pass at "
+                f"{self._last_broken_gradient()}. Lower the learning rate or clip sooner."
+            )
+        self.optimizer.step()
+        self._scheduler.step()
+        self.num_done += 1
+        self._regulate()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's weights that the next step depends on, PyTorch's random state included."""
+        return {
+            "num_done": self.num_done,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, bit by bit the same once the model's weights are loaded as well."""
+        self.num_done = state["num_done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"].cpu())  # random states live on the CPU, also those of devices
+        for i, random in enumerate(state["random_cuda"]):
+            torch.cuda.set_rng_state(random.cpu(), i)
+        self._regulate()
+
+    def _regulate(self) -> None:
+        for regulate in self.recipe.regulators:
+            regulate(self.model, self.num_done, self.num_steps)
+
+    def _last_broken_gradient(self) -> str:
+        """The parameter nearest to the output whose gradient is not finite: the backward pass meets it first."""
+        broken = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        return broken[-1] if broken else "the sum of finite gradients"
