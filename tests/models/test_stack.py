@@ -1,12 +1,14 @@
 """TransformerStack, alone and in Decoder and Encoder: what they refuse, empty sequences, and the state of a stack."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.slots import LongSkips
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.solutions.attention.chunked import ChunkedAttention
@@ -21,6 +23,9 @@ from transformer_problems.solutions.recurrence.delta_rule import DeltaRule
 from transformer_problems.solutions.recurrence.mamba import Mamba
 from transformer_problems.solutions.recurrence.memory_bank import MemoryBankAttention
 from transformer_problems.solutions.recurrence.transformer_xl import TransformerXL
+from transformer_problems.solutions.residual.deep_norm import DeepNorm
+from transformer_problems.solutions.residual.dense_skips import DenseSkips
+from transformer_problems.solutions.residual.unet_skips import UNetSkips
 
 VOCAB, WIDTH, HEADS = 11, 16, 4
 MIXERS: dict[str, Callable[[int], nn.Module]] = {
@@ -67,6 +72,21 @@ def test_misplaced_parts_are_refused() -> None:
         Decoder(VOCAB, WIDTH, 2, lambda: SelfAttention(WIDTH, HEADS), position=RotaryEmbedding(4))
     with pytest.raises(CombinationError, match="Encoder needs mixers with is_causal=False"):
         Encoder(VOCAB, WIDTH, 2, lambda: SelfAttention(WIDTH, HEADS))
+
+
+@pytest.mark.parametrize("skips", [UNetSkips(WIDTH, 3), DenseSkips(3)])
+def test_long_skips_of_another_size_are_refused(skips: LongSkips) -> None:
+    with pytest.raises(CombinationError, match="Skips is built for num_layers=3, but its place here has num_layers=4"):
+        Decoder(VOCAB, WIDTH, 4, lambda: SelfAttention(WIDTH, HEADS), skips=skips)
+    with pytest.raises(CombinationError, match="UNetSkips is built for embed_dim=32"):
+        Decoder(VOCAB, WIDTH, 3, lambda: SelfAttention(WIDTH, HEADS), skips=UNetSkips(2 * WIDTH, 3))
+    with pytest.raises(CombinationError, match=r"DenseSkips is a class, not an instance\. Pass DenseSkips\("):
+        Decoder(VOCAB, WIDTH, 3, lambda: SelfAttention(WIDTH, HEADS), skips=DenseSkips)
+
+
+def test_a_mixer_that_a_residual_cannot_adopt_is_refused() -> None:
+    with pytest.raises(CombinationError, match="Mamba has 0 and 1 of them"):
+        Decoder(VOCAB, WIDTH, 2, lambda: Mamba(WIDTH, state_dim=4), residual=partial(DeepNorm, num_layers=2))
 
 
 def test_wrong_inputs_are_named() -> None:

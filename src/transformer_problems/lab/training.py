@@ -94,11 +94,11 @@ def train(
 
     Raises:
         DivergedError: If a loss or a gradient is not finite; it names the step and the first layer that gave such
-            numbers. The last checkpoint stays where it is, and the model as it was before that step.
+            numbers. The last checkpoint stays where it is, and the weights are as they were before that step.
     """
     log = TrainingLog()
-    course = plan.recipe.start(model, plan.steps)
     with seeded(plan.seed, "training"):
+        course = plan.recipe.start(model, plan.steps)
         if checkpoint is not None and checkpoint.exists():
             _resume(checkpoint, model, course, log)
         model.train()
@@ -109,12 +109,12 @@ def train(
             log.train_s += time.perf_counter() - started
             if progress is not None:
                 progress(_fraction(log, plan))
-            if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
-                _save(checkpoint, model, course, log)
             if log.steps == plan.steps and at_steps is not None:
                 _look_at(model, at_steps)
             if before_s < plan.min_train_s <= log.train_s and at_seconds is not None:
                 _look_at(model, at_seconds)
+            if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
+                _save(checkpoint, model, course, log)  # after the looks: one that is cut short is done again
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -128,7 +128,9 @@ def _step(model: nn.Module, batch_loss: BatchLoss, course: TrainingCourse, log: 
     except DivergedError as error:
         layer = first_nonfinite_layer(model, lambda: batch_loss(model, log.steps))
         where = (
-            "Every layer's output was finite" if layer is None else f"The first layer to give such numbers is {layer}"
+            "In a repeated forward pass every layer's output was finite"
+            if layer is None
+            else f"The first layer to give such numbers is {layer}"
         )
         raise DivergedError(f"{error} {where}.") from error
     log.losses.append(loss.item())
@@ -159,7 +161,7 @@ def _save(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog
 
 
 def _resume(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog) -> None:
-    state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+    state = torch.load(path, weights_only=True, map_location="cpu")  # where Adam's step counts belong
     model.load_state_dict(state["model"])
     course.load_state_dict(state["course"])
     log.steps, log.train_s, log.losses = state["log"]["steps"], state["log"]["train_s"], state["log"]["losses"]

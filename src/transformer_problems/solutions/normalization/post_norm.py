@@ -11,8 +11,9 @@ from transformer_problems.core.slots import NormFactory
 class PostNorm(nn.Module):
     """norm(x + sublayer(x)): every sublayer's output has the same size, and the skip passes through each norm.
 
-    At the start the gradients grow toward the last layers, by about sqrt(2) a norm, so large learning rates diverge
-    without warmup. A well-tuned post-norm model can end better than a pre-norm one.
+    At the start the last layer's gradient is as large at any depth, where a pre-norm stack's falls as 1/sqrt(L), and
+    each norm shrinks what passes down to earlier layers by up to sqrt(2): large learning rates diverge or stall without
+    warmup. A well-tuned post-norm model can end better than a pre-norm one.
 
     Args:
         embed_dim: C.

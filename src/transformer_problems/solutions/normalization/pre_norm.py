@@ -11,9 +11,9 @@ from transformer_problems.core.slots import NormFactory
 class PreNorm(nn.Module):
     """x + sublayer(norm(x)): the skip runs from the embeddings to the last layer untouched.
 
-    The gradient reaches every layer along the skip, at a size that falls with 1/sqrt(L) for the deepest stacks in
-    place of growing toward the top, so training needs no warmup. The stream's variance grows with depth, so a stack
-    of such layers ends in a norm of its own.
+    The gradient reaches every layer along the skip, and that of the last layer falls as 1/sqrt(L) with the depth L, so
+    training needs no warmup. The stream's variance grows with depth, so a stack of such layers ends in a norm of its
+    own.
 
     Args:
         embed_dim: C.

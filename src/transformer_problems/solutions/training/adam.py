@@ -26,6 +26,14 @@ def adam(
 
     Source:
         Kingma and Ba 2014, arXiv:1412.6980, algorithm 1.
+        Differs from the paper: the default betas are those of Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import TrainingRecipe, adam
+        >>> model = torch.nn.Linear(4, 1)
+        >>> course = TrainingRecipe(adam(1e-3, l2=0.01)).start(model, num_steps=100)
+        >>> norm = course.step(model(torch.ones(2, 4)).square().mean())
     """
     require_positive(learning_rate=learning_rate)
 

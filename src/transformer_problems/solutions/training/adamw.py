@@ -28,8 +28,9 @@ def adamw(
         ArgumentError: If the rate is not positive.
 
     Source:
-        Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2. Differs from the paper: the decay is multiplied by
-        the learning rate, as in PyTorch, so it follows the schedule.
+        Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2.
+        Differs from the paper: the decay is multiplied by the whole learning rate, as in PyTorch, not by its schedule
+        alone; the default betas are those of Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
 
     Example:
         >>> import torch

@@ -20,18 +20,20 @@ class GradientClipping:
 
     "norm" scales the whole gradient down to the limit, direction kept. "value" cuts each element to +-limit, which
     turns the direction. "adaptive" limits each unit's gradient (a row of a matrix, a filter, a whole vector) to the
-    limit times the norm of that unit's weights, so that no step changes a unit by more than that share.
+    limit times the norm of that unit's weights, so that no step of plain gradient descent changes a unit by more than
+    that share times the learning rate. A gradient that is not finite stays as it is, since no limit mends it.
 
     Args:
-        limit: Largest norm, value, or ratio of gradient to weights; the papers use about 1, 0.5 and 0.01.
+        limit: Largest norm, value, or ratio of gradient to weights; usual are a norm of 1 and a ratio of 0.01.
         method: What is limited.
 
     Raises:
         ArgumentError: If the limit is not positive or the method is none of the three.
 
     Source:
-        Pascanu et al. 2012, arXiv:1211.5063, algorithm 1 (norm); Brock et al. 2021, arXiv:2102.06171, section 4.1
-        (adaptive). Differs from the latter: all parameters are clipped, the output layer too.
+        Pascanu et al. 2012, arXiv:1211.5063, section 3.2 (norm, and Mikolov's cut by value); Brock et al. 2021,
+        arXiv:2102.06171, section 4.1 (adaptive).
+        Differs from the latter: all parameters are clipped, the output layer too; all of a vector is one unit.
 
     Example:
         >>> import torch
@@ -55,7 +57,11 @@ class GradientClipping:
         """Clip, and give the norm of the whole gradient before that, a scalar."""
         learned = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if not gradients:
+            return torch.zeros(())
+        norm = nn.utils.get_total_norm(gradients)
+        if not bool(norm.isfinite()):
+            return norm  # scaled by it, every gradient would be NaN, and nobody could tell where it began
         match self.method:
             case "norm":
                 nn.utils.clip_grads_with_norm_(learned, self.limit, norm)

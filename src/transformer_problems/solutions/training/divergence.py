@@ -14,7 +14,15 @@ def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | 
     shows in the first module that reads it.
 
     Args:
-        run: Runs the model's forward pass, without gradients.
+        run: Runs the model's forward pass; it gets no gradients.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import first_nonfinite_layer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> _ = torch.nn.init.constant_(model[2].weight, float("inf"))
+        >>> first_nonfinite_layer(model, lambda: model(torch.ones(2, 4)))
+        '2'
     """
     found: list[str] = []
 

@@ -20,7 +20,7 @@ Schedule = Callable[[int, int], float]
 """(step, number of steps) -> factor on the learning rate of every group; steps count from 0."""
 
 Clipping = Callable[[list[nn.Parameter]], Tensor]
-"""Limits gradients in place; gives the norm of the whole gradient as it was."""
+"""Limits gradients in place, unless one is not finite; gives the norm of the whole gradient as it was."""
 
 Regulator = Callable[[nn.Module, int, int], None]
 """(model, step, number of steps): sets the model up for a step, e.g. a scheduled rate of dropped heads."""
@@ -70,7 +70,7 @@ class TrainingRecipe:
     regulators: tuple[Regulator, ...] = field(default=())
 
     def start(self, model: nn.Module, num_steps: int) -> "TrainingCourse":
-        """Begin to train a model for that many steps; the schedule's last value holds for any further ones."""
+        """Begin to train a model for that many steps; the schedule's value at the last holds for any further ones."""
         return TrainingCourse(self, model, num_steps)
 
 
@@ -91,7 +91,9 @@ class TrainingCourse:
         self.recipe, self.model, self.num_steps = recipe, model, num_steps
         self.num_done = 0
         self.optimizer = recipe.optimizer(model)
-        self._scheduler = optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: recipe.schedule(step, num_steps))
+        self._scheduler = optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: recipe.schedule(min(step, num_steps - 1), num_steps)
+        )
         self._regulate()
 
     def step(self, loss: Tensor) -> Tensor:
@@ -117,7 +119,10 @@ class TrainingCourse:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the model's weights that the next step depends on, PyTorch's random state included."""
+        """Everything but the model's weights that the next step depends on, PyTorch's random state included.
+
+        Its tensors are the optimizer's own, as in PyTorch's state dicts: save or copy them before the next step.
+        """
         return {
             "num_done": self.num_done,
             "optimizer": self.optimizer.state_dict(),
@@ -131,10 +136,10 @@ class TrainingCourse:
         self.num_done = state["num_done"]
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+        self._regulate()  # before the random state, which was taken after it
         torch.set_rng_state(state["random"].cpu())  # random states live on the CPU, also those of devices
         for i, random in enumerate(state["random_cuda"]):
             torch.cuda.set_rng_state(random.cpu(), i)
-        self._regulate()
 
     def _regulate(self) -> None:
         for regulate in self.recipe.regulators:

@@ -19,8 +19,8 @@ class Warmup:
 
     Args:
         num_steps: Steps of warmup; 0 for none.
-        decay: What follows: "cosine" or "linear" from 1 to `floor` over the whole training, "inverse_sqrt"
-            sqrt(num_steps / step), or "constant".
+        decay: What the rise is multiplied by: "cosine" or "linear", from 1 to `floor` over the whole training;
+            "inverse_sqrt", sqrt(num_steps / n) at the n-th step after the warmup's; or "constant", 1.
         floor: Where "cosine" and "linear" end.
 
     Raises:
@@ -29,6 +29,8 @@ class Warmup:
     Source:
         Vaswani et al. 2017, arXiv:1706.03762, section 5.3 (inverse square root); Goyal et al. 2017,
         arXiv:1706.02677, section 2.2 (linear warmup); Loshchilov and Hutter 2016, arXiv:1608.03983 (cosine).
+        Differs from common practice: "cosine" and "linear" fall from the first step on, not from the end of the warmup,
+        so their peak lies a little below 1; the first step's rate is not 0.
 
     Example:
         >>> from transformer_problems import Warmup

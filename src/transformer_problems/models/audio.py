@@ -1,0 +1,94 @@
+"""A classifier of sequences of features, such as those of recorded sound."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.slots import token_positions
+from transformer_problems.models.stack import TransformerLayers
+
+BlockFactory = Callable[[], nn.Module]
+"""Makes one layer, called as TransformerBlock is."""
+
+
+class ConformerEncoder(nn.Module):
+    """Projects each frame's features, runs the blocks, and classifies the mean of the real frames.
+
+    The blocks are injected, so that a plain Transformer with the same ends is its baseline: pass what makes a
+    ConformerBlock, or what makes a TransformerBlock. A layer norm follows the last block, for those that end in none.
+
+    Args:
+        num_features: F, features of a frame.
+        embed_dim: C, the width of the blocks.
+        num_layers: L.
+        num_classes: K.
+        block: Called once a layer; returns that layer's block, of width C, whose mixer knows positions: nothing else
+            adds them.
+
+    Shape:
+        features: [B, N, F]; key_mask: [B, N] bool, True for real frames; output: [B, K] logits.
+
+    Raises:
+        ArgumentError: If a size is not positive, `block` is a block in place of what makes one, or an input's shape or
+            dtype is wrong.
+        CombinationError: If a block is built for another width.
+
+    Source:
+        Gulati et al. 2020, arXiv:2005.08100, figure 1. Differs from the paper: a linear projection stands in place of
+        its convolutional subsampling, and pooling with a linear head in place of its transducer.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        embed_dim: int,
+        num_layers: int,
+        num_classes: int,
+        block: BlockFactory,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_positive_int(
+            num_features=num_features, embed_dim=embed_dim, num_layers=num_layers, num_classes=num_classes
+        )
+        if isinstance(block, nn.Module):
+            name = type(block).__name__
+            raise ArgumentError(
+                f"block must be a function that makes a layer; got the {name} itself, which all layers would share. "
+                f"Pass block=lambda: {name}(...)."
+            )
+        self.num_features = num_features
+        self.projection = nn.Linear(num_features, embed_dim, device=device, dtype=dtype)
+        blocks = [block() for _ in range(num_layers)]
+        for made in blocks:
+            check_built_for(made, embed_dim=embed_dim)
+        self.blocks = TransformerLayers(blocks)
+        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.head = nn.Linear(embed_dim, num_classes, device=device, dtype=dtype)
+
+    def forward(self, features: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        if features.dim() != 3 or features.shape[-1] != self.num_features or features.shape[1] == 0:
+            raise ArgumentError(
+                f"features must be [B, N, {self.num_features}] of one frame or more; got {list(features.shape)}. "
+                "Give one sequence as features[None]."
+            )
+        check_key_mask(key_mask, features)
+        positions = token_positions(features.shape[1], features.device)
+        x = self.blocks(self.projection(features), key_mask=key_mask, positions=positions)
+        y: Tensor = self.head(_mean_of_real(self.norm(x), key_mask))
+        return y
+
+
+def _mean_of_real(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """[B, N, C] -> [B, C]; zeros for a sequence without real frames."""
+    if key_mask is None:
+        return x.mean(dim=1)
+    total = x.masked_fill(~key_mask[..., None], 0.0).sum(dim=1)
+    return total / key_mask.sum(dim=1, keepdim=True).clamp(min=1)

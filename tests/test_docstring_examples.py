@@ -1,0 +1,33 @@
+"""The examples in docstrings run as they stand and give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+from transformer_problems.solutions import training
+
+MODULES = [
+    importlib.import_module(found.name) for found in pkgutil.iter_modules(training.__path__, f"{training.__name__}.")
+]
+EXAMPLES = [
+    test
+    for module in MODULES
+    for test in doctest.DocTestFinder().find(module)
+    if any(doctest.SKIP not in example.options for example in test.examples)
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name.rpartition(".")[2])
+def test_docstring_example(example: doctest.DocTest, capsys: pytest.CaptureFixture[str]) -> None:
+    results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, clear_globs=False)
+    assert results.attempted
+    assert not results.failed, capsys.readouterr().out
+
+
+def test_the_names_that_a_recipe_is_built_from_have_examples() -> None:
+    shown = {example.name.rpartition(".")[2] for example in EXAMPLES}
+    assert {"TrainingRecipe", "adam", "adamw", "Warmup", "GradientClipping", "first_nonfinite_layer"} <= shown
+    assert {"mask_tokens", "transfer_weights", "linear_probe"} <= shown
+    assert {"layerwise_learning_rates", "GradualUnfreezing"} <= shown
