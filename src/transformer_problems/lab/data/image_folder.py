@@ -1,0 +1,83 @@
+"""Labelled images from a folder that has a sub-folder of PNG or JPEG files for each class."""
+
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.lab.data.class_folders import files_by_class
+from transformer_problems.lab.data.labelled import LabelledImages
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+# what Pillow raises on damaged files: most are its own, but damaged EXIF entries let the others through
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+def load_image_folder(
+    path: Path, *, size: int, strict: bool = False, progress: Callable[[float], None] | None = None
+) -> LabelledImages:
+    """Every image below a folder, as colours, scaled to cover a square and cropped to its middle.
+
+    Classes are the sub-folders in the order of their names, and so are the images of each. Files that cannot be read
+    are left out; how many, a warning says at the end. Grey images with 16 bits a pixel are not read.
+
+    Args:
+        path: A folder with a sub-folder for each class, itself of any depth. Hidden files are skipped.
+        size: Pixels of each side, in the result.
+        strict: Refuse the folder at the first file that cannot be read.
+        progress: Called with the share of the files done.
+
+    Raises:
+        ArgumentError: If the folder or an image of some class is missing, or in strict mode unreadable.
+    """
+    require_positive_int(size=size)
+    files = files_by_class(path, _SUFFIXES)
+    total = sum(map(len, files.values()))
+    images: list[Tensor] = []
+    classes: list[int] = []
+    skipped: list[str] = []
+    for index, of_class in enumerate(files.values()):
+        for file in of_class:
+            try:
+                images.append(_read(file, size))
+                classes.append(index)
+            except _UNREADABLE as error:
+                skipped.append(f"{file} ({error})")
+                if strict:
+                    raise ArgumentError(
+                        f"path must hold readable images; {skipped[0]} is not. Remove it, or pass strict=False to skip."
+                    ) from error
+            if progress is not None:
+                progress((len(images) + len(skipped)) / total)
+    _check_classes(set(classes), tuple(files), path, skipped)
+    return LabelledImages(torch.stack(images), torch.tensor(classes), tuple(files), len(skipped))
+
+
+def _read(file: Path, size: int) -> Tensor:
+    """[3, size, size] uint8."""
+    with Image.open(file) as opened:
+        if opened.mode.startswith(("I", "F")):  # converting these would clip, not scale, to 8 bits
+            raise ValueError(f"mode {opened.mode} has more than 8 bits a channel")
+        upright = ImageOps.exif_transpose(opened)
+        square = ImageOps.fit(upright.convert("RGB"), (size, size), method=Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).movedim(-1, 0)
+
+
+def _check_classes(found: set[int], class_names: tuple[str, ...], path: Path, skipped: list[str]) -> None:
+    """Refuse classes that lost all their images; tell of those that lost some."""
+    if not skipped:
+        return
+    for index, name in enumerate(class_names):
+        if index not in found:
+            raise ArgumentError(
+                f"every class must have a readable image; {path / name} has none, of {len(skipped)} unreadable, "
+                f"first {skipped[0]}. Replace its files."
+            )
+    warnings.warn(f"{len(skipped)} unreadable images of {path} left out, first {skipped[0]}", stacklevel=3)
