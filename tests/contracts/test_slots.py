@@ -14,12 +14,15 @@ from transformer_problems import (
     DeltaRule,
     DenseAttention,
     DifferentialAttention,
+    DropHead,
     EntmaxAttention,
     FlashAttention,
     GatedAttention,
     KNNMemoryAttention,
     LearnedPositions,
+    LearnedTemperature,
     Linformer,
+    LogLengthScale,
     LongformerAttention,
     Mamba,
     MemoryBankAttention,
@@ -29,6 +32,7 @@ from transformer_problems import (
     PagePool,
     Performer,
     QuantizedKVCache,
+    QueryKeyNorm,
     RandomizedPositions,
     RetroactiveAttention,
     RotaryEmbedding,
@@ -65,6 +69,17 @@ OPS = {
     "memory_efficient": lambda: MemoryEfficientAttention(query_chunk=16, key_chunk=32),
     "entmax": lambda: EntmaxAttention(1.5),
     "linformer": lambda: Linformer(101, 16, dtype=torch.float64),
+    "temperature": lambda: LearnedTemperature(HEADS, initial=0.5, dtype=torch.float64),
+    "temperature_window": lambda: LearnedTemperature(HEADS, SlidingWindow(5), initial=0.5, dtype=torch.float64),
+    "query_key_norm": lambda: QueryKeyNorm(HEADS, dtype=torch.float64),
+    "query_key_norm_window": lambda: QueryKeyNorm(HEADS, SlidingWindow(5), dtype=torch.float64),
+    "query_key_norm_performer": lambda: QueryKeyNorm(HEADS, Performer(HEAD_DIM, num_features=16), dtype=torch.float64),
+    "log_length": lambda: LogLengthScale(4),
+    "log_length_window": lambda: LogLengthScale(4, SlidingWindow(5)),
+    "log_length_sinks": lambda: LogLengthScale(4, AttentionSinks(5, num_sinks=2)),
+    "drop_head": lambda: DropHead(rate=0.5).eval(),
+    "drop_head_window": lambda: DropHead(SlidingWindow(5), rate=0.5).eval(),
+    "drop_head_performer": lambda: DropHead(Performer(HEAD_DIM, num_features=16), rate=0.5).eval(),
 }
 MAX_LEN = {"linformer": 101}
 
@@ -162,6 +177,7 @@ def test_every_op_with_every_position(op: str, position: str) -> None:
     built_op, built_position = OPS[op](), POSITIONS[position]()
     refused = built_position.biases and not getattr(built_op, "accepts_bias", True)
     refused |= not getattr(built_op, "accepts_causal", True)
+    refused |= getattr(built_op, "ignores_norms", False) and not built_position.keeps_norms
     if refused:
         with pytest.raises(CombinationError):
             SelfAttention(WIDTH, HEADS, op=built_op, position=built_position)

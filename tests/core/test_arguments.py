@@ -10,6 +10,7 @@ from transformer_problems.core.arguments import (
     require_not_negative,
     require_positive,
     require_positive_int,
+    require_whole_numbers,
 )
 from transformer_problems.core.errors import ArgumentError
 
@@ -18,6 +19,7 @@ def test_good_values_pass() -> None:
     require_positive(base=0.5, size=3)
     require_positive_int(size=1)
     require_not_negative(size=0)
+    require_whole_numbers(sizes=(1, -2), places=[0], none=())
     require_multiple("embed_dim", 12, "num_heads", 4)
     require_multiple_of("head_dim", 16, 2, "a pair of features")
 
@@ -33,6 +35,12 @@ def test_good_values_pass() -> None:
         (lambda: require_positive_int(size=None), "size must be a positive whole number; got None."),
         (lambda: require_not_negative(size=-1), "size must not be negative; got -1. Use 0 for none."),
         (lambda: require_not_negative(size="2"), "size must be a whole number; got '2'."),
+        (
+            lambda: require_whole_numbers(sizes=(1, 2.5)),
+            "sizes must be a tuple of whole numbers; got (1, 2.5).",
+        ),
+        (lambda: require_whole_numbers(sizes="12"), "sizes must be a tuple of whole numbers; got '12'."),
+        (lambda: require_whole_numbers(sizes=12), "sizes must be a tuple of whole numbers; got 12."),
         (
             lambda: require_multiple("embed_dim", 12, "num_heads", 5),
             "embed_dim must be a multiple of num_heads; got 12 and 5. Choose num_heads from 1, 2, 3, 4, 6, 12.",

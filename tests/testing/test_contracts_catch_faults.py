@@ -159,6 +159,74 @@ def test_check_attention_op_finds(fault: str) -> None:
         check_attention_op(FaultyOp(fault))
 
 
+def cut_to_fit(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    width, num_keys = min(q.shape[-1], k.shape[-1]), min(k.shape[-2], v.shape[-2])
+    return q[..., :width], k[..., :num_keys, :width], v[..., :num_keys, :]
+
+
+def raw(*_: Tensor) -> Tensor:
+    raise RuntimeError("sizes do not match")
+
+
+class AddsOne(torch.autograd.Function):
+    """No output, and yet a gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(k, v)
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        k, v = ctx.saved_tensors
+        return grad, torch.zeros_like(k), torch.ones_like(v)
+
+
+FAULTS_WITHOUT_QUERIES = {
+    "raises": (raw, "raised RuntimeError: sizes do not match"),
+    "one row": (lambda q, k, v: v[..., :1, :], r"output \(2, 4, 1, 8\) for queries \(2, 4, 0, 8\)"),
+    "dtype": (lambda q, k, v: q.float(), "output torch.float32 for input torch.float64"),
+    "no gradient for keys": (lambda q, k, v: q + v[..., :0, :], "zero gradients for 1 keys and values"),
+    "gradient": (lambda q, k, v: AddsOne.apply(q, k, v), "zero gradients for 1 keys and values"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_WITHOUT_QUERIES)
+def test_check_attention_op_finds_what_goes_wrong_without_queries(fault: str) -> None:
+    answer, found = FAULTS_WITHOUT_QUERIES[fault]
+
+    class Unready(DenseAttention):
+        def forward(self, q, k, v, *, bias=None, mask=None, is_causal=False):
+            y = super().forward(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
+            return y if q.shape[-2] else answer(q, k, v)
+
+    with pytest.raises(ContractError, match=f"no queries +broken: .*{found}") as caught:
+        check_attention_op(Unready())
+    assert str(caught.value).count("broken:") == 1
+
+
+MISFITS = {
+    "a value less than keys": lambda q, k, v: v.shape[-2] < k.shape[-2],
+    "a value more than keys": lambda q, k, v: v.shape[-2] > k.shape[-2],
+    "keys of another head dimension than queries": lambda q, k, v: k.shape[-1] != q.shape[-1],
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize(
+    ("answer", "found"), [(cut_to_fit, "an output came back"), (raw, "raised RuntimeError: sizes do not match")]
+)
+def test_check_attention_op_finds_misfits_that_are_not_refused(answer: Callable, found: str, misfit: str) -> None:
+    class Careless(DenseAttention):
+        def forward(self, q, k, v, *, bias=None, mask=None, is_causal=False):
+            if MISFITS[misfit](q, k, v):
+                q, k, v = answer(q, k, v)
+            return super().forward(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
+
+    with pytest.raises(ContractError, match=f"values for every key +broken: {misfit} must raise ValueError; {found}"):
+        check_attention_op(Careless())
+
+
 class Blind(PositionEncoding):
     attends = True
 
@@ -168,6 +236,14 @@ class Undeclared(PositionEncoding):
 
     def bias(self, q, q_positions, k_positions):
         return (q_positions[..., :, None] - k_positions[..., None, :]).unsqueeze(-3).to(q.dtype)
+
+
+class Longer(RotaryEmbedding):
+    """Says nothing of the norms that it changes."""
+
+    def rotate(self, q, k, q_positions, k_positions):
+        q, k = super().rotate(q, k, q_positions, k_positions)
+        return 2 * q, k
 
 
 class FromZero(RotaryEmbedding):
@@ -182,6 +258,7 @@ class FromZero(RotaryEmbedding):
     [
         (Blind(), "tells places apart"),
         (Undeclared(), "declares its hooks"),
+        (Longer(8), "declares its hooks"),
         (FromZero(8), "part equals whole"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

@@ -1,5 +1,6 @@
 """Rules that constructors share, with messages that name parameter, rule, value and remedy."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 from transformer_problems.core.errors import ArgumentError
@@ -29,6 +30,13 @@ def require_not_negative(**values: int) -> None:
             raise ArgumentError(f"{name} must be a whole number; got {value!r}.")
         if value < 0:
             raise ArgumentError(f"{name} must not be negative; got {value}. Use 0 for none.")
+
+
+def require_whole_numbers(**values: Sequence[int]) -> None:
+    """Raise ArgumentError unless every value is a tuple or list of whole numbers."""
+    for name, value in values.items():
+        if not isinstance(value, tuple | list) or not all(isinstance(number, Integral) for number in value):
+            raise ArgumentError(f"{name} must be a tuple of whole numbers; got {value!r}.")
 
 
 def require_multiple(name: str, value: int, of_name: str, of: int) -> None:

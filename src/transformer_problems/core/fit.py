@@ -35,6 +35,11 @@ def check_attention_fit(
             f"{position_name} adds a bias to the scores, which {op_name} never forms. Use RotaryEmbedding, or an "
             "encoding that is added to the embeddings."
         )
+    if not position.keeps_norms and getattr(op, "ignores_norms", False):
+        raise CombinationError(
+            f"{position_name} changes the norms of queries and keys, which {op_name} ignores. Use RotaryEmbedding or "
+            "ALiBi, or an encoding that is added to the embeddings."
+        )
 
 
 def check_built_for(part: object, **sizes: int) -> None:

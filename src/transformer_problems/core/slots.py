@@ -25,6 +25,7 @@ class PositionEncoding(nn.Module):
         attends: The encoding acts inside attention (`rotate`, `bias`), so it belongs to `SelfAttention`.
         biases: `bias` returns something, so the attention op must accept a bias.
         streams: False where the encoding of a token depends on the final length, so no cache can hold it.
+        keeps_norms: `rotate` leaves the norms of queries and keys as they are, so that they may be normalised after it.
 
     Attributes `embed_dim` of one that embeds, `num_heads` and `head_dim` of one that attends say which sizes it is
     built for; without them it fits any.
@@ -34,6 +35,7 @@ class PositionEncoding(nn.Module):
     attends: bool = False
     biases: bool = False
     streams: bool = True
+    keeps_norms: bool = True
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Embeddings with positions mixed in. x: [..., N, C]; positions: [..., N]; output as x."""
@@ -94,10 +96,12 @@ class AttentionOp(Protocol):
         key masks [..., 1, 1, M] only and raise ArgumentError for others.
 
     With `is_causal` the queries are the last N of the M tokens: query i sees keys up to i + M - N.
-    A query that may attend to nothing gets zeros. Optional attributes, read with these defaults:
+    A query that may attend to nothing gets zeros; no queries (N = 0) give an empty output. A k of another D than q, and
+    a v of another M than k, are refused with a ValueError. Optional attributes, read with these defaults:
     `accepts_bias = True`, `accepts_causal = True`, `num_heads = None` and `head_dim = None`: the H and D that it is
     built for (None: any), and `lookback = None`: the number of keys before a query's own that it can ever see under
-    `is_causal` (None: all), which lets a cache forget the rest, but for the first `num_sinks = 0` keys of the sequence.
+    `is_causal` (None: all), which lets a cache forget the rest, but for the first `num_sinks = 0` keys of the sequence;
+    `ignores_norms = False`: whether only the directions of queries and keys count.
     """
 
     def __call__(

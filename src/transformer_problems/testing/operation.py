@@ -1,6 +1,7 @@
 """The contract of the AttentionOp slot."""
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def check_attention_op(
     grouped: bool = True,
     seed: int = 0,
 ) -> ContractReport:
-    """Check an attention op: shapes, causality, cached decoding, masks, grouped heads, gradients, dtypes.
+    """Check an attention op: shapes, misfits, causality, cached decoding, masks, grouped heads, gradients, dtypes.
 
     Args:
         op: The callable under test; see `core.slots.AttentionOp`. Modules with parameters must be in float64.
@@ -45,6 +46,8 @@ def check_attention_op(
         "last queries only": subject.check_last_queries,
         "mask obedience": subject.check_mask,
         "nothing to attend to": subject.check_empty_rows,
+        "no queries": subject.check_no_queries,
+        "values for every key": subject.check_misfits,
         "grouped heads": subject.check_grouped,
         "gradients": subject.check_gradients,
         "half precision": subject.check_half_precision,
@@ -125,6 +128,35 @@ class _OpSubject:
         mask = torch.zeros(2, 1, 1, k.shape[-2], dtype=torch.bool)
         y = self.op(q, k, v, mask=mask, is_causal=self.directions[0])
         assert (y == 0).all(), "queries that may attend to nothing must give zeros"
+
+    def check_no_queries(self) -> None:
+        for length in self.lengths:
+            q, k, v = (x.requires_grad_() for x in self.qkv(length))
+            everything = torch.ones(2, 1, 1, length, dtype=torch.bool)
+            for is_causal, mask in product(self.directions, (None, everything)):
+                y = self.op(q[..., :0, :], k, v, mask=mask, is_causal=is_causal)
+                expected = q[..., :0, :].shape
+                assert y.shape == expected, f"output {tuple(y.shape)} for queries {tuple(expected)}"
+                assert y.dtype == q.dtype, f"output {y.dtype} for input {q.dtype}"
+                grads = torch.autograd.grad(y.sum(), (k, v), allow_unused=True)
+                zero = all(grad is not None and bool((grad == 0).all()) for grad in grads)
+                assert zero, f"no queries must give zero gradients for {length} keys and values"
+
+    def check_misfits(self) -> None:
+        q, k, v = self.qkv(self.lengths[-1])
+        misfits = {
+            "a value less than keys": (k, v[..., 1:, :]),
+            "a value more than keys": (k, torch.cat([v, v[..., :1, :]], dim=-2)),
+            "keys of another head dimension than queries": (k[..., 1:], v),
+        }
+        for (what, (keys, values)), is_causal in product(misfits.items(), self.directions):
+            try:
+                self.op(q, keys, values, is_causal=is_causal)
+            except ValueError:
+                continue
+            except Exception as error:
+                raise AssertionError(f"{what} must raise ValueError; raised {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{what} must raise ValueError; an output came back")
 
     def check_grouped(self) -> None:
         if not self.grouped:

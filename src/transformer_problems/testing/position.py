@@ -79,6 +79,10 @@ class _PositionSubject:
             assert encoding.embed(self.x, self.positions) is self.x, "`embeds` is False but embed changes its input"
         bias = encoding.bias(self.q, self.positions, self.positions)
         assert (bias is not None) == encoding.biases, f"`biases` is {encoding.biases}, bias returns {type(bias)}"
+        if encoding.keeps_norms:
+            rotated = encoding.rotate(self.q, self.k, self.positions, self.positions)
+            for name, before, after in zip("qk", (self.q, self.k), rotated, strict=True):
+                assert_close(after.norm(dim=-1), before.norm(dim=-1), f"norms of rotated {name}", tolerance=_TOLERANCE)
 
     def check_parts(self) -> None:
         half = self.length // 2

@@ -182,6 +182,12 @@ def test_bad_arguments_are_named() -> None:
         build(4, -1)
     with pytest.raises(ArgumentError, match=r"dynamic_chunk_sizes must be two positive sizes .* got \(5, 2\)"):
         build(4, 1, dynamic_chunk_sizes=(5, 2))
+    for sizes in ((3,), (1, 2, 3), (0, 2)):
+        with pytest.raises(ArgumentError, match="dynamic_chunk_sizes must be two positive sizes in ascending order"):
+            build(4, 1, dynamic_chunk_sizes=sizes)
+    for sizes in ((1, 2.5), ("1", "2"), "12", 5):
+        with pytest.raises(ArgumentError, match="^dynamic_chunk_sizes must be a tuple of whole numbers; got "):
+            build(4, 1, dynamic_chunk_sizes=sizes)
     dynamic = ScaledRotaryEmbedding(DIM, method="dynamic_ntk", factor=1.0, trained_length=8)
     layer = ChunkedAttention(WIDTH, HEADS, chunk_size=4, left_chunks=1, look_ahead=False, position=dynamic)
     with pytest.raises(CombinationError, match="depends on the final length"):

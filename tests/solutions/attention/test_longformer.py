@@ -182,6 +182,12 @@ def test_refusals() -> None:
     for global_tokens in ((), (-1,), (3, 3)):
         with pytest.raises(ArgumentError, match="global_tokens must be distinct"):
             build(global_tokens=global_tokens)
+    for global_tokens in ((0, 2.5), ("0",), "0", 3, None):
+        with pytest.raises(ArgumentError, match="^global_tokens must be a tuple of whole numbers; got "):
+            build(global_tokens=global_tokens)
+    for dilation in (2.0, "2", (1, 1, 1, 1.5), (1, 1, 1, "2")):
+        with pytest.raises(ArgumentError, match="^dilation must be a positive whole number; got "):
+            build(dilation=dilation)
     with pytest.raises(ArgumentError, match="dilation must have one entry"):
         build(dilation=(1, 2))
     with pytest.raises(ArgumentError, match="window_size must be positive"):

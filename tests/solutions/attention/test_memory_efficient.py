@@ -204,24 +204,6 @@ def test_no_queries_are_an_empty_output(num_keys: int, is_causal: bool) -> None:
     assert layer(torch.zeros(2, 0, 32)).shape == (2, 0, 32)
 
 
-@pytest.mark.parametrize("length", [19, 21, 40])
-def test_as_many_values_as_keys(length: int) -> None:
-    (q, k, _), (_, _, v) = draw(20, 20), draw(20, length)
-    with pytest.raises(ArgumentError, match=f"v must have one value for each of the 20 keys; got {length}"):
-        MemoryEfficientAttention(8, 16)(q, k, v)
-
-
-@pytest.mark.parametrize("shape", [(19,), (21,), (20, 19), (1, 21), (21, 20), (3, 20, 20), (3, 1, 1, 20), (1,) * 5])
-def test_masks_that_do_not_fit_the_scores_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ArgumentError, match=r"mask must be bool.* broadcastable to the scores \[2, 4, 20, 20\]; got"):
-        MemoryEfficientAttention(8, 16)(*draw(20, 20), mask=torch.ones(shape, dtype=torch.bool))
-
-
-def test_masks_of_numbers_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="mask must be bool.*; got torch.int64"):
-        MemoryEfficientAttention(8, 16)(*draw(20, 20), mask=torch.ones(20, 20, dtype=torch.long))
-
-
 def test_wrong_arguments_are_refused() -> None:
     for arguments in ({"query_chunk": 0}, {"key_chunk": 0}):
         with pytest.raises(ArgumentError, match="chunk must be positive; got 0"):

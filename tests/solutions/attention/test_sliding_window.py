@@ -177,6 +177,11 @@ def test_refusals() -> None:
         SlidingWindow(0)
     with pytest.raises(ArgumentError, match="dilation must be positive"):
         SlidingWindow(4, dilation=(1, 0))
+    with pytest.raises(ArgumentError, match="dilation must be positive, or one positive number for each head"):
+        SlidingWindow(4, dilation=())
+    for dilation, received in ((2.0, "2.0"), ("2", "'2'"), ((1, 1, 1, 1.5), "1.5"), ((1, 1, 1, "2"), "'2'")):
+        with pytest.raises(ArgumentError, match=f"^dilation must be a positive whole number; got {received}.$"):
+            SlidingWindow(4, dilation=dilation)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="dilation must have one entry"):
         SlidingWindow(4, dilation=(1, 2))(q, k, v)
     with pytest.raises(ArgumentError, match="number of queries"):

@@ -72,6 +72,14 @@ def test_gradcheck_through_sizes_and_received() -> None:
     assert torch.autograd.gradcheck(run, (q, k, v, sizes))
 
 
+def test_without_queries_no_key_receives_anything() -> None:
+    q, k, v = qkv(7)
+    op = WatchedAttention()
+    y, attended = op.watch(lambda: op(q[..., :0, :], k, v))
+    assert y.shape == q[..., :0, :].shape
+    assert torch.equal(attended.received, torch.zeros_like(attended.received[:, :1]).expand(-1, 7))
+
+
 def test_watching_costs_no_matrix_product() -> None:
     q, k, v = qkv(64)
     op = WatchedAttention(block_size=16)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import key_mask_of
+from transformer_problems.solutions.attention.scores import check_shapes, key_mask_of
 from transformer_problems.solutions.attention.sliding_window import window_attention
 
 
@@ -26,7 +26,8 @@ class AttentionSinks(nn.Module):
         The queries are the last N of the M tokens, causal or not.
 
     Raises:
-        ArgumentError: If a size is not positive, there are more queries than keys, or the mask is not a key mask.
+        ArgumentError: If a size is not positive, there are more queries than keys, the mask is not a key mask, or
+            q, k, v and mask do not fit each other.
 
     Source:
         Xiao et al. 2023, arXiv:2309.17453, section 3.2.
@@ -50,6 +51,7 @@ class AttentionSinks(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         return window_attention(
             q,
             k,

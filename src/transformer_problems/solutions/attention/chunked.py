@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_not_negative, require_positive_int
+from transformer_problems.core.arguments import (
+    require_multiple,
+    require_not_negative,
+    require_positive_int,
+    require_whole_numbers,
+)
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
@@ -74,11 +79,8 @@ class ChunkedAttention(nn.Module):
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         require_positive_int(chunk_size=chunk_size)
         require_not_negative(left_chunks=left_chunks)
-        if dynamic_chunk_sizes is not None and not 1 <= dynamic_chunk_sizes[0] <= dynamic_chunk_sizes[1]:
-            raise ArgumentError(
-                f"dynamic_chunk_sizes must be two positive sizes in ascending order; got {dynamic_chunk_sizes}. "
-                "Pass (1, 25) for the paper's range."
-            )
+        if dynamic_chunk_sizes is not None:
+            _check_range(dynamic_chunk_sizes)
         self.op = DenseAttention() if op is None else op
         self.position = position
         self.is_causal = not look_ahead
@@ -183,3 +185,12 @@ class ChunkedAttention(nn.Module):
         mixed = self.op(q, k, v, bias=bias, mask=mask, is_causal=self.is_causal)
         y: Tensor = self.out_proj(merge_heads(mixed))
         return y
+
+
+def _check_range(sizes: tuple[int, int]) -> None:
+    require_whole_numbers(dynamic_chunk_sizes=sizes)
+    if len(sizes) != 2 or not 1 <= sizes[0] <= sizes[1]:
+        raise ArgumentError(
+            f"dynamic_chunk_sizes must be two positive sizes in ascending order; got {sizes}. "
+            "Pass (1, 25) for the paper's range."
+        )

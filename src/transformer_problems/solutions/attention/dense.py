@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import causal_mask, masked_softmax, match_heads
+from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, masked_softmax, match_heads
 
 
 class DenseAttention(nn.Module):
@@ -13,6 +13,9 @@ class DenseAttention(nn.Module):
 
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
+
+    Raises:
+        ArgumentError: If q, k, v and mask do not fit each other.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
@@ -28,6 +31,7 @@ class DenseAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         k, v = match_heads(q, k), match_heads(q, v)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., H, N, M]
         if bias is not None:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import causal_mask, match_heads
+from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, match_heads
 
 
 class EntmaxAttention(nn.Module):
@@ -25,7 +25,7 @@ class EntmaxAttention(nn.Module):
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
     Raises:
-        ArgumentError: If alpha is neither 1.5 nor 2.
+        ArgumentError: If alpha is neither 1.5 nor 2, or q, k, v and mask do not fit each other.
 
     Source:
         Martins & Astudillo 2016, arXiv:1602.02068, algorithm 1 (sparsemax); Peters et al. 2019, arXiv:1905.05702
@@ -48,6 +48,7 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         k, v = match_heads(q, k), match_heads(q, v)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., H, N, M]
         if bias is not None:

@@ -10,7 +10,7 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import UnknownNameError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles, masked, part_of, wide
-from transformer_problems.solutions.attention.scores import causal_mask, match_heads
+from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, match_heads
 
 Backend = Literal["auto", "sdpa", "tiled"]
 
@@ -39,7 +39,7 @@ class FlashAttention(nn.Module):
 
     Raises:
         UnknownNameError: If there is no such back end.
-        ArgumentError: If `block_size` is not positive or H is not a multiple of G.
+        ArgumentError: If `block_size` is not positive, or q, k, v and mask do not fit each other.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135, algorithms 1, 2 and 4. Differs from the paper: queries are the outer loop
@@ -65,6 +65,7 @@ class FlashAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         k, v = match_heads(q, k), match_heads(q, v)
         if self.runs == "sdpa":
             return _sdpa(q, k, v, bias, mask, is_causal)
@@ -95,7 +96,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tens
         empty = ~mask.any(dim=-1, keepdim=True)
         mask = mask | empty
     attn_mask = mask if bias is None else masked(bias.dense().to(q.dtype), mask)
-    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    q, k, v = (x.reshape(x.shape[:-3].numel(), *x.shape[-3:]) for x in (q, k, v))  # -1 fails without queries
     y = nn.functional.scaled_dot_product_attention(
         q,
         k,
@@ -111,7 +112,7 @@ def _flattened(mask: Tensor, lead: torch.Size) -> Tensor:
     """A mask or bias broadcastable to [*lead, H, N, M] with `lead` as one dimension."""
     rank = len(lead) + 3
     mask = mask[(None,) * (rank - mask.dim())]
-    return mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).reshape(lead.numel(), *mask.shape[-3:])
 
 
 class _Tiled(torch.autograd.Function):

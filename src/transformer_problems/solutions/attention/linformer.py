@@ -7,7 +7,7 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, SequenceTooLongError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.dense import DenseAttention
-from transformer_problems.solutions.attention.scores import key_mask_of
+from transformer_problems.solutions.attention.scores import check_shapes, key_mask_of
 
 
 class Linformer(nn.Module):
@@ -32,8 +32,8 @@ class Linformer(nn.Module):
 
     Raises:
         SequenceTooLongError: If M exceeds `max_seq_len`.
-        ArgumentError: If a size is not positive, causality or a bias is asked for, the mask is not a key mask, or
-            k does not have the `num_heads` heads the op was built for.
+        ArgumentError: If a size is not positive, causality or a bias is asked for, the mask is not a key mask, k
+            does not have the `num_heads` heads the op was built for, or q, k, v and mask do not fit each other.
 
     Example:
         >>> from transformer_problems import Encoder, Linformer, SelfAttention
@@ -86,6 +86,7 @@ class Linformer(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         self._check(k, bias, is_causal)
+        check_shapes(q, k, v, mask)
         if mask is not None:
             absent = ~key_mask_of(mask, "Linformer")[..., None, :, None]  # [..., 1, M, 1]
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple
+from transformer_problems.core.arguments import require_multiple, require_whole_numbers
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
@@ -64,6 +64,7 @@ class LongformerAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
+        self.lookback = lookback_of(window_size, dilation)
         _check(num_heads, dilation, global_tokens)
         self.global_attention = DenseAttention()
         head_dim = embed_dim // num_heads
@@ -71,7 +72,6 @@ class LongformerAttention(nn.Module):
             self.global_attention, position, num_heads=num_heads, head_dim=head_dim, is_causal=is_causal
         )
         self.embed_dim = embed_dim
-        self.lookback = lookback_of(window_size, dilation)
         self.num_heads, self.window_size, self.dilation = num_heads, window_size, dilation
         self.global_tokens, self.position, self.is_causal = tuple(sorted(global_tokens)), position, is_causal
 
@@ -235,10 +235,11 @@ class LongformerState:
 
 
 def _check(num_heads: int, dilation: int | tuple[int, ...], global_tokens: tuple[int, ...]) -> None:
-    if not isinstance(dilation, int) and len(dilation) != num_heads:
+    if isinstance(dilation, tuple | list) and len(dilation) != num_heads:
         raise ArgumentError(
             f"dilation must have one entry for each of {num_heads} heads; got {len(dilation)}. Pass one int for all."
         )
+    require_whole_numbers(global_tokens=global_tokens)
     if not global_tokens or min(global_tokens) < 0 or len(set(global_tokens)) < len(global_tokens):
         raise ArgumentError(
             f"global_tokens must be distinct places from 0 on, at least one; got {global_tokens}. "

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transformer_problems.core.arguments import require_positive_int
-from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles
-from transformer_problems.solutions.attention.scores import match_heads
+from transformer_problems.solutions.attention.scores import check_shapes, match_heads
 
 Inputs = TypeVarTuple("Inputs")
 T = TypeVar("T")
@@ -35,8 +34,7 @@ class MemoryEfficientAttention(nn.Module):
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
     Raises:
-        ArgumentError: If a chunk is not positive, H is not a multiple of G, there are more or fewer values than keys,
-            or the mask does not fit the scores.
+        ArgumentError: If a chunk is not positive, or q, k, v and mask do not fit each other.
 
     Source:
         Rabe and Staats 2021, arXiv:2112.05682, sections 2 to 4. Differs from the paper: the chunks of keys follow one
@@ -59,7 +57,7 @@ class MemoryEfficientAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        _check_lengths(q, k, v, mask)
+        check_shapes(q, k, v, mask)
         k, v = match_heads(q, k), match_heads(q, v)
         tiles = _Tiles(bias, mask, is_causal, self.query_chunk, self.key_chunk)
         rows = list(tiles.of(q, k).rows()) or [slice(0, 0)]  # without queries one empty chunk
@@ -67,27 +65,6 @@ class MemoryEfficientAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"query_chunk={self.query_chunk}, key_chunk={self.key_chunk}"
-
-
-def _check_lengths(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Refuse what chunks would cut to size without a word."""
-    num_keys = k.shape[-2]
-    if v.shape[-2] != num_keys:
-        raise ArgumentError(
-            f"v must have one value for each of the {num_keys} keys; got {v.shape[-2]}, in {list(v.shape)}. "
-            "Pass k and v of the same tokens."
-        )
-    if mask is None:
-        return
-    scores = (*q.shape[:-1], num_keys)
-    fits = mask.dim() <= len(scores) and all(
-        own in (1, needed) for own, needed in zip(mask.shape[::-1], scores[::-1], strict=False)
-    )
-    if mask.dtype != torch.bool or not fits:
-        raise ArgumentError(
-            f"mask must be bool, True may attend, and broadcastable to the scores {list(scores)}; got {mask.dtype} "
-            f"{list(mask.shape)}. Pass a key mask as mask[:, None, None, :]."
-        )
 
 
 class _Tiles(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.slots import AttentionOp, PositionBias
 from transformer_problems.solutions.attention.dense import DenseAttention
-from transformer_problems.solutions.attention.scores import key_mask_of
+from transformer_problems.solutions.attention.scores import check_shapes, key_mask_of
 
 
 class PackedAttention(nn.Module):
@@ -25,7 +25,7 @@ class PackedAttention(nn.Module):
         q: [1, H, N, D]; k, v: [1, G, N, D] with N the sum of the lengths; output: [1, H, N, D].
 
     Raises:
-        ArgumentError: If the lengths do not add up to the tokens received.
+        ArgumentError: If the lengths do not add up to the tokens received, or q, k, v and mask do not fit each other.
 
     Source:
         Krell et al. 2021, arXiv:2107.02027 (attention within packed sequences).
@@ -62,6 +62,7 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         if self._lengths is None:
             return self.op(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
+        check_shapes(q, k, v, mask)
         total = int(self._lengths.sum())
         if q.shape[:-3].numel() != 1 or q.shape[-2] != total or k.shape[-2] != total:
             raise ArgumentError(

@@ -12,7 +12,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import causal_mask, key_mask_of
+from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, key_mask_of, without_queries
 
 # A feature e^-40 times its token's largest is below the rounding of float64; two such multiply to e^-80, which
 # float32 can still hold, so that no visible key is ever lost to underflow.
@@ -70,8 +70,8 @@ class Performer(nn.Module):
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: [..., 1, 1, M]; output: [..., H, N, D].
 
     Raises:
-        ArgumentError: If a size is not positive or not `head_dim`, a bias is asked for, or the mask is not a key
-            mask.
+        ArgumentError: If a size is not positive or not `head_dim`, a bias is asked for, the mask is not a key mask,
+            or q, k, v and mask do not fit each other.
 
     Example:
         >>> from transformer_problems import Performer, SelfAttention
@@ -128,6 +128,9 @@ class Performer(nn.Module):
                 f"got one from {type(bias.encoding).__name__}. Use RotaryEmbedding or an encoding that is added to "
                 "the embeddings."
             )
+        self._check(q, k, v, mask)
+        if q.shape[-2] == 0:
+            return without_queries(q, k, v)
         key_mask = None if mask is None else key_mask_of(mask, "Performer")[..., None, None, :, None]
         y, _ = self._attend(q, k, v, PerformerState(), key_mask, is_causal=is_causal)
         return y
@@ -138,6 +141,7 @@ class Performer(nn.Module):
 
     def stream(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, PerformerState]:
         """The next n tokens, q: [B, H, n, D] -> [B, H, n, D], and the state after them."""
+        self._check(q, k, v, None)
         if state.sums is not None:
             check_same_batch(q, len(state.sums))
         return self._attend(q, k, v, state, None, is_causal=True)
@@ -149,7 +153,6 @@ class Performer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState, key_mask: Tensor | None, *, is_causal: bool
     ) -> tuple[Tensor, PerformerState]:
         """Answers and the state after the keys. key_mask: [..., 1, 1, M, 1]."""
-        self._check(q, k)
         grouped = q.reshape(*q.shape[:-3], k.shape[-3], -1, *q.shape[-2:])  # [..., G, H/G, N, D]
         keys = _Keys(k.unsqueeze(-3), v.unsqueeze(-3), key_mask)
         answer = self._causal if is_causal else self._bidirectional
@@ -214,7 +217,7 @@ class Performer(nn.Module):
         log_scale = largest - x.square().sum(dim=-1, keepdim=True) / 2
         return (logs - largest).clamp(min=_LOG_FLOOR).exp(), log_scale
 
-    def _check(self, q: Tensor, k: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         (num_heads, head_dim), num_kv_heads = (q.shape[-3], q.shape[-1]), k.shape[-3]
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         if head_dim != self.head_dim:
@@ -222,6 +225,7 @@ class Performer(nn.Module):
                 f"head_dim must equal the last dimension of q; got {self.head_dim} and {head_dim}. "
                 f"Build Performer with head_dim={head_dim}."
             )
+        check_shapes(q, k, v, mask)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def query_blocks(
     if mask is not None and mask.dim() == 1:
         mask = mask[None]
     offset = num_keys - num_queries
-    for start in range(0, num_queries, block_size):
+    for start in range(0, max(1, num_queries), block_size):  # without queries one empty block
         rows = slice(start, min(start + block_size, num_queries))
         columns = slice(0, rows.stop + offset if is_causal else num_keys)
         scores = (q[..., rows, :] * q.shape[-1] ** -0.5) @ k[..., columns, :].transpose(-2, -1)

@@ -1,10 +1,49 @@
-"""What attention ops share: masks, head matching, and a softmax that survives empty rows."""
+"""What attention ops share: shape checks, masks, head matching, and a softmax that survives empty rows."""
 
 import torch
 from torch import Tensor
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Refuse what an op would cut to size without a word, or a kernel read past its end.
+
+    Asked for every token in decoding, so it only compares sizes. The values may be wider than the keys.
+
+    Raises:
+        ArgumentError: If q and k differ in width, k and v in number, or the mask does not fit the scores.
+    """
+    num_keys, head_dim = k.shape[-2:]
+    if q.shape[-1] != head_dim:
+        raise ArgumentError(
+            f"q and k must have the same last dimension, D; got {q.shape[-1]} and {head_dim}, in {list(q.shape)} and "
+            f"{list(k.shape)}. Project both to one head_dim."
+        )
+    if v.shape[-2] != num_keys:
+        raise ArgumentError(
+            f"v must have one value for each of the {num_keys} keys; got {v.shape[-2]}, in {list(v.shape)}. "
+            "Pass k and v of the same tokens."
+        )
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:-1], num_keys))
+
+
+def _check_mask(mask: Tensor, scores: tuple[int, ...]) -> None:
+    fits = mask.dim() <= len(scores) and all(
+        own in (1, needed) for own, needed in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    if mask.dtype != torch.bool or not fits:
+        raise ArgumentError(
+            f"mask must be bool, True may attend, and broadcastable to the scores {list(scores)}; got {mask.dtype} "
+            f"{list(mask.shape)}. Pass a key mask as mask[:, None, None, :]."
+        )
+
+
+def without_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The empty output of N = 0 queries, [..., H, 0, D], which passes zeros back to k and v."""
+    return q @ match_heads(q, k).mT @ match_heads(q, v)
 
 
 def match_heads(q: Tensor, kv: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import key_mask_of
+from transformer_problems.solutions.attention.scores import check_shapes, key_mask_of, without_queries
 
 # Scores (batch x heads x queries x keys) whose mask or bias is formed at once: 64 MiB in float32.
 _SCORES_AT_ONCE = 2**24
@@ -32,7 +32,7 @@ class SlidingWindow(nn.Module):
 
     Raises:
         ArgumentError: If a size is not positive, a tuple of dilations does not have H entries, there are more
-            queries than keys, or the mask is not a key mask.
+            queries than keys, the mask is not a key mask, or q, k, v and mask do not fit each other.
 
     Source:
         Beltagy et al. 2020, arXiv:2004.05150, section 3.1 (window and dilation per head).
@@ -43,7 +43,7 @@ class SlidingWindow(nn.Module):
         super().__init__()
         self.window_size, self.dilation = window_size, dilation
         self.lookback = lookback_of(window_size, dilation)
-        self.num_heads = None if isinstance(dilation, int) else len(dilation)
+        self.num_heads = len(dilation) if isinstance(dilation, tuple | list) else None
 
     def forward(
         self,
@@ -55,6 +55,7 @@ class SlidingWindow(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         key_mask = None if mask is None else key_mask_of(mask, "SlidingWindow")
         return window_attention(
             q, k, v, self.window_size, dilation=self.dilation, bias=bias, key_mask=key_mask, is_causal=is_causal
@@ -66,10 +67,12 @@ class SlidingWindow(nn.Module):
 
 def lookback_of(window_size: int, dilation: int | tuple[int, ...]) -> int:
     """Tokens before its own that a query can see; raises ArgumentError unless every size is positive."""
-    dilations = (dilation,) if isinstance(dilation, int) else dilation
+    dilations = dilation if isinstance(dilation, tuple | list) else (dilation,)
     require_positive_int(window_size=window_size)
-    if not dilations or min(dilations) < 1:
+    if not dilations:
         raise ArgumentError(f"dilation must be positive, or one positive number for each head; got {dilation}.")
+    for step in dilations:
+        require_positive_int(dilation=step)
     return window_size * max(dilations)
 
 
@@ -102,11 +105,13 @@ def window_attention(
             f"the number of queries must not exceed the number of keys; got {num_queries} and {num_keys}. "
             "A window stands around the query's own place, so the queries are the last of the keys' tokens."
         )
-    dilations = (dilation,) * num_heads if isinstance(dilation, int) else dilation
+    dilations = dilation if isinstance(dilation, tuple | list) else (dilation,) * num_heads
     if len(dilations) != num_heads:
         raise ArgumentError(
             f"dilation must have one entry for each of {num_heads} heads; got {len(dilations)}. Pass one int for all."
         )
+    if num_queries == 0:
+        return without_queries(q, k, v)
     lead = q.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     outputs, order = [], []

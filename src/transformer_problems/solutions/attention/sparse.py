@@ -10,7 +10,13 @@ from torch.nn.functional import pad
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import key_mask_of, masked_softmax, match_heads
+from transformer_problems.solutions.attention.scores import (
+    check_shapes,
+    key_mask_of,
+    masked_softmax,
+    match_heads,
+    without_queries,
+)
 
 Pattern = Literal["strided", "fixed"]
 
@@ -39,7 +45,7 @@ class SparseAttention(nn.Module):
 
     Raises:
         ArgumentError: If a size is out of range, num_summary is given for "strided", there are more queries than
-            keys, or the mask is not a key mask.
+            keys, the mask is not a key mask, or q, k, v and mask do not fit each other.
         UnknownNameError: If the pattern is neither "strided" nor "fixed".
 
     Source:
@@ -76,12 +82,15 @@ class SparseAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         num_queries, num_keys = q.shape[-2], k.shape[-2]
         if num_queries > num_keys:
             raise ArgumentError(
                 f"the number of queries must not exceed the number of keys; got {num_queries} and {num_keys}. "
                 "The pattern stands around the query's own place, so the queries are the last of the keys' tokens."
             )
+        if num_queries == 0:
+            return without_queries(q, k, v)
         key_mask = None if mask is None else key_mask_of(mask, "SparseAttention")
         scores = _Scores(num_queries, num_keys, is_causal, key_mask, bias)
         k, v = match_heads(q, k), match_heads(q, v)

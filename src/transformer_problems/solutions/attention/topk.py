@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.query_blocks import query_blocks
-from transformer_problems.solutions.attention.scores import masked_softmax
+from transformer_problems.solutions.attention.scores import check_shapes, masked_softmax
 
 
 class TopKAttention(nn.Module):
@@ -22,6 +22,9 @@ class TopKAttention(nn.Module):
 
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
+
+    Raises:
+        ArgumentError: If a size is not positive, or q, k, v and mask do not fit each other.
 
     Source:
         Zhao et al. 2019, arXiv:1912.11637; query blocks: Gupta et al. 2021, arXiv:2106.06899.
@@ -43,6 +46,7 @@ class TopKAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         outputs = []
         for scores, allowed in query_blocks(
             q, k, bias=bias, mask=mask, is_causal=is_causal, block_size=self.block_size

@@ -10,7 +10,7 @@ from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.core.token_slots import Attended
 from transformer_problems.solutions.attention.query_blocks import query_blocks
-from transformer_problems.solutions.attention.scores import masked_softmax, match_heads
+from transformer_problems.solutions.attention.scores import check_shapes, masked_softmax, match_heads
 
 
 class WatchedAttention(nn.Module):
@@ -25,6 +25,9 @@ class WatchedAttention(nn.Module):
 
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
+
+    Raises:
+        ArgumentError: If block_size is not positive, or q, k, v and mask do not fit each other.
 
     Source:
         Received attention: Goyal et al. 2020, arXiv:2001.08950; proportional attention: Bolya et al.
@@ -73,6 +76,7 @@ class WatchedAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask)
         watcher, values = self._watcher, match_heads(q, v)
         outputs: list[Tensor] = []
         received: list[Tensor] = []

@@ -79,6 +79,7 @@ class ScaledRotaryEmbedding(PositionEncoding):
         if attention_factor is None:
             attention_factor = 0.1 * math.log(factor) + 1 if method == "yarn" else 1.0
         self.attention_factor = attention_factor
+        self.keeps_norms = attention_factor == 1.0
 
     def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
         frequency = self._frequencies(q.device, q_positions, k_positions)

@@ -31,6 +31,7 @@ class TransformerXLRelative(PositionEncoding):
 
     attends = True
     biases = True
+    keeps_norms = False  # u is added to the query
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class XPos(PositionEncoding):
     """
 
     attends = True
+    keeps_norms = False
 
     def __init__(
         self, head_dim: int, *, scale_base: float = 512.0, centre: float = 0.0, base: float = 10_000.0
