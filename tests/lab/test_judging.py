@@ -144,3 +144,35 @@ def test_eased_samples_leave_out_what_every_arm_finds_hard() -> None:
     assert results.eased("a", "latency_s") == pytest.approx(5.0)
     assert results.eased("b", "latency_s") == pytest.approx(5.5)
     assert results.eased("absent", "latency_s") is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "word"),
+    [
+        ([0.90, 0.91, 0.90, 0.91], "helps"),  # as good
+        ([0.80, 0.81, 0.80, 0.81], "hurts"),  # a tenth lost for sure
+        ([0.80, 0.98, 0.82, 0.99], "inconclusive"),  # as good on average, with room for a loss
+    ],
+)
+def test_a_gain_is_held_to_its_quality(accuracies: list[float], word: str) -> None:
+    criterion = dataclasses.replace(CRITERION, quality="accuracy", quality_loss=0.02)
+    baseline = [record("dense", 0.90 + 0.01 * (i % 2), metric="accuracy", repeat=i) for i in range(4)]
+    treated = [record("flash", value, metric="accuracy", repeat=i) for i, value in enumerate(accuracies)]
+    results = Results([*series("dense", [4.0, 4.2]), *series("flash", [1.0, 1.1]), *baseline, *treated])
+    verdict = judge(1, Arm("flash", "Flash"), "dense", criterion, results, None)
+    assert verdict.word == word
+    assert "accuracy lost" in verdict.reason
+
+
+def test_a_lower_loss_is_no_loss_of_quality() -> None:
+    criterion = dataclasses.replace(CRITERION, quality="bits", quality_better="lower", quality_loss=0.05)
+    bits = [record("dense", 3.0, metric="bits"), record("flash", 2.0, metric="bits")]
+    results = Results([*series("dense", [4.0, 4.2]), *series("flash", [1.0, 1.1]), *bits])
+    assert judge(1, Arm("flash", "Flash"), "dense", criterion, results, None).word == "helps"
+
+
+def test_a_training_that_stopped_at_numbers_that_are_not_finite_diverged() -> None:
+    results = Results(series("dense", [4.0, 4.2]))
+    failure = "DivergedError: the loss is nan at step 3."
+    verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, results, failure)
+    assert (verdict.word, verdict.reason) == ("diverged", failure)

@@ -174,6 +174,10 @@ def _criterion(table: Table, inherited: Criterion | None) -> Criterion:
     if "promise" in table:
         given["promise"] = table.text("promise", *_METRIC)
         given["promise_limit"] = float(table.take("promise_limit", (int, float), "a number"))
+    if "quality" in table:
+        given["quality"] = table.text("quality", *_METRIC)
+        given["quality_better"] = table.choice("quality_better", ("lower", "higher"))
+        given["quality_loss"] = float(table.take("quality_loss", (int, float), "a number"))
     table.done()
     if inherited is not None and inherited.metric:
         return replace(inherited, **given)

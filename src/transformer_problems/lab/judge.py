@@ -1,6 +1,7 @@
 """Verdicts: what the catalogue's criterion says of a measured arm."""
 
 from transformer_problems.catalogue import Criterion
+from transformer_problems.core.errors import DivergedError
 from transformer_problems.core.records import Interval, Verdict, VerdictWord
 from transformer_problems.core.summaries import Arm
 from transformer_problems.lab.effects import common_x, measure_effect
@@ -17,13 +18,15 @@ def judge(
 
     Returns:
         None where it or its baseline was not tried yet, "diverged" where a seed of it did, "not runnable here" where
-        nothing can be compared, "hurts" where a promised output was changed, else the word that the 95% interval of
-        the effect gives.
+        nothing can be compared, "hurts" where a promised output was changed or quality lost, else the word that the
+        95% interval of the effect gives.
     """
     x = common_x(results, arm.slug, baseline, criterion.metric, criterion.at)
     if diverged := results.diverged(arm.slug, criterion.metric, x):
         return Verdict(problem, arm.slug, "diverged", None, f"its {criterion.metric} {diverged}")
     without = results.diverged(baseline, criterion.metric, x)
+    if failure and failure.startswith(DivergedError.__name__):
+        return Verdict(problem, arm.slug, "diverged", None, failure)
     effect = measure_effect(results, arm.slug, baseline, criterion.metric, criterion.compare, x)
     if effect is None:
         if not failure and not (results.seeds_of(arm.slug) and results.seeds_of(baseline)):
@@ -35,12 +38,14 @@ def judge(
     if changed is not None and changed > criterion.promise_limit:
         reason = f"its promise of an unchanged output is broken: {criterion.promise} {changed:.3g}"
         return Verdict(problem, arm.slug, "hurts", effect, reason)
-    word = verdict_word(effect, criterion)
+    word, loss = verdict_word(effect, criterion), _quality_lost(arm.slug, baseline, criterion, results)
+    if loss is not None:
+        word = _held_to_quality(word, loss, criterion.quality_loss)
     low, high = _neutral_zone(criterion)
     reason = (
         f"{criterion.metric} {criterion.compare} {effect.value:.3g}, 95% interval {effect.low:.3g} to "
         f"{effect.high:.3g}; a {criterion.compare} between {low:.3g} and {high:.3g} counts as no effect"
-        f"{f'; left out: its baseline {without}' if without else ''}"
+        f"{_quality_text(criterion, loss)}{f'; left out: its baseline {without}' if without else ''}"
     )
     return Verdict(problem, arm.slug, word, effect, reason)
 
@@ -55,6 +60,33 @@ def verdict_word(effect: Interval, criterion: Criterion) -> VerdictWord:
     if effect.low > high:
         return "helps" if criterion.better == "higher" else "hurts"
     return "inconclusive"
+
+
+def _quality_lost(arm: str, baseline: str, criterion: Criterion, results: Results) -> Interval | None:
+    """How much worse than the baseline the arm is in what must hold; None where nothing must or was measured."""
+    if not criterion.quality:
+        return None
+    change = measure_effect(results, arm, baseline, criterion.quality, "difference", None)
+    if change is None or criterion.quality_better == "lower":
+        return change
+    return Interval(-change.value, -change.high, -change.low)
+
+
+def _held_to_quality(word: VerdictWord, loss: Interval, limit: float) -> VerdictWord:
+    if loss.low > limit:
+        return "hurts"
+    return "inconclusive" if loss.high > limit and word != "hurts" else word
+
+
+def _quality_text(criterion: Criterion, loss: Interval | None) -> str:
+    if not criterion.quality:
+        return ""
+    if loss is None:
+        return f"; {criterion.quality} was not measured"
+    return (
+        f"; {criterion.quality} lost {loss.value:.3g}, 95% interval {loss.low:.3g} to {loss.high:.3g}, of which "
+        f"{criterion.quality_loss:.3g} is allowed"
+    )
 
 
 def _neutral_zone(criterion: Criterion) -> tuple[float, float]:
