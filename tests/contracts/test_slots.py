@@ -144,6 +144,7 @@ SAMPLED = {
     PackedAttention.__name__,  # keeps the op's contract within each sequence only; tested with its packing
     *("QuantizedKVCache", "PagedKVCache"),  # sampled as caches of a layer, below
     *("RetrievalAugmented", "VectorIndex", "BM25Index"),  # memories of text, which no layer holds
+    *("ShiftedWindowAttention", "SwinTransformer"),  # take tokens on a grid, which no slot does
     RetroactiveAttention.__name__,  # revises outputs that were given, which no slot allows
 }
 

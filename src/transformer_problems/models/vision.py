@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.fit import check_built_for
-from transformer_problems.core.slots import token_positions
+from transformer_problems.core.slots import LongSkips, token_positions
 from transformer_problems.models.block import ResidualFactory
 from transformer_problems.models.stack import MixerFactory, stack_layers
 from transformer_problems.solutions.normalization.pre_norm import PreNorm
 from transformer_problems.solutions.position.learned_grid import LearnedGridPositions
 
-Pool = Literal["class", "mean"]
+Pool = Literal["class", "mean", "attention"]
 
 
 class ImageEmbedding(Protocol):
@@ -47,20 +47,22 @@ class VisionTransformer(nn.Module):
         num_layers: L.
         mixer: Called once a layer; returns that layer's bidirectional token mixer.
         num_classes: K.
-        pool: What the head reads: "class" tokens, or the "mean" of all patches, without class tokens.
+        pool: What the head reads: "class" tokens; or, without them, the "mean" of all patches, or with "attention"
+            their mean weighted by the softmax of a learned score.
         residual: Makes what joins each sublayer to its input. Default PreNorm.
+        skips: Leads from early layers to late ones. Default none.
         num_class_tokens: T, each with its own head.
 
     Shape:
         images: [B, C_in, H, W]; output: logits [B, K].
 
     Raises:
-        CombinationError: If a mixer's causality or width does not fit.
+        CombinationError: If a mixer's causality or width, or the long skips, do not fit.
         ArgumentError: If a size is not positive, there is no such pool, or an image does not fit the embedding.
 
     Source:
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1; two class tokens: Touvron et al. 2020,
-        arXiv:2012.12877, section 4.
+        arXiv:2012.12877, section 4; pool="attention": Hassani et al. 2021, arXiv:2104.05704, section 3.
         Differs from the papers: class tokens get no position, which would only add one constant to another.
 
     Example:
@@ -80,6 +82,7 @@ class VisionTransformer(nn.Module):
         *,
         pool: Pool = "class",
         residual: ResidualFactory = PreNorm,
+        skips: LongSkips | None = None,
         num_class_tokens: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,9 +92,9 @@ class VisionTransformer(nn.Module):
         require_positive_int(num_classes=num_classes, num_class_tokens=num_class_tokens)
         if pool not in get_args(Pool):
             raise UnknownNameError("pool", pool, get_args(Pool))
-        if pool == "mean" and num_class_tokens != 1:
+        if pool != "class" and num_class_tokens != 1:
             raise ArgumentError(
-                f"num_class_tokens must be left out with pool='mean', which has no class tokens; got "
+                f"num_class_tokens must be left out with pool={pool!r}, which has no class tokens; got "
                 f"{num_class_tokens}. Choose pool='class'."
             )
         width = self.embed_dim = patches.embed_dim
@@ -102,9 +105,12 @@ class VisionTransformer(nn.Module):
         if self.num_class_tokens:
             self.class_tokens = nn.Parameter(torch.empty(self.num_class_tokens, width, device=device, dtype=dtype))
             nn.init.normal_(self.class_tokens, std=0.02)
+        self.score = nn.Linear(width, 1, device=device, dtype=dtype) if pool == "attention" else None
         self.blocks = stack_layers(
             width, num_layers, mixer, is_causal=False, residual=residual, device=device, dtype=dtype
         )
+        check_built_for(skips, num_layers=num_layers, embed_dim=width)
+        self.skips = skips
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
         self.head = nn.ModuleList(
             nn.Linear(width, num_classes, device=device, dtype=dtype) for _ in range(num_class_tokens)
@@ -117,9 +123,8 @@ class VisionTransformer(nn.Module):
         return logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
 
     def logits_of_heads(self, images: Tensor) -> Tensor:
-        """What each class token's head says, [B, T, K]; with pool="mean" there is one head."""
-        x = self.features(images)
-        pooled = x[:, : self.num_class_tokens] if self.num_class_tokens else x.mean(dim=1, keepdim=True)
+        """What each class token's head says, [B, T, K]; without class tokens there is one head."""
+        pooled = self._pooled(self.features(images))
         return torch.stack([head(pooled[:, i]) for i, head in enumerate(self.head)], dim=1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -148,5 +153,14 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat([self.class_tokens.expand(len(tokens), -1, -1), tokens], dim=1)
             first = token_positions(self.num_class_tokens, tokens.device)
             places = torch.cat([first.expand(*places.shape[:-1], -1), places + self.num_class_tokens], dim=-1)
-        y: Tensor = self.norm(self.blocks(tokens, key_mask=None, positions=places))
+        y: Tensor = self.norm(self.blocks(tokens, key_mask=None, positions=places, skips=self.skips))
         return y
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """What each head reads, [B, T + N, C] -> [B, heads, C]."""
+        if self.num_class_tokens:
+            return x[:, : self.num_class_tokens]
+        if self.score is None:
+            return x.mean(dim=1, keepdim=True)
+        weighted: Tensor = self.score(x).softmax(dim=1).mT @ x
+        return weighted

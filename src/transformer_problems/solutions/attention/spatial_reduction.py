@@ -1,0 +1,87 @@
+"""Spatial-reduction attention: every token of an image attends to a coarser copy of the image."""
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_multiple, require_positive_int
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.heads import merge_heads, split_heads
+
+
+class SpatialReductionAttention(nn.Module):
+    """Multi-head attention whose keys and values come from squares of R x R tokens, each mixed into one.
+
+    A convolution with stride R and a norm make the coarser copy. N tokens form N * N / R^2 scores: less by R^2, and
+    still quadratic in N. Every token sees all of the image. Grids that squares do not fill are padded with zeros at the
+    bottom and the right, so that each token is in a square. Only for images: grids of two axes.
+
+    Args:
+        embed_dim: C.
+        num_heads: H; C must be a multiple of it.
+        reduction: R; 1 is attention to all tokens, without convolution and norm.
+
+    Shape:
+        x: [B, rows, columns, C]; output: as x.
+
+    Raises:
+        ArgumentError: If a size is not positive, the heads do not divide the width, or x is no such grid of tokens.
+
+    Source:
+        Wang et al. 2021, arXiv:2102.12122, section 3.3. Differs from the paper: grids that squares do
+        not fill, of which it does not speak, are padded, where the authors' code leaves the rest out.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import SpatialReductionAttention
+        >>> attention = SpatialReductionAttention(32, num_heads=4, reduction=8)  # 35 keys for 2240 queries
+        >>> attention(torch.randn(2, 56, 40, 32)).shape
+        torch.Size([2, 56, 40, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        reduction: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
+        require_positive_int(reduction=reduction)
+        self.embed_dim, self.num_heads, self.reduction = embed_dim, num_heads, reduction
+        self.q_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.reduce: nn.Conv2d | None = None
+        self.norm: nn.LayerNorm | None = None
+        if reduction > 1:
+            self.reduce = nn.Conv2d(embed_dim, embed_dim, reduction, reduction, device=device, dtype=dtype)
+            self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[-1] != self.embed_dim or 0 in x.shape[1:]:
+            raise ArgumentError(
+                f"x must be [B, rows, columns, {self.embed_dim}]; got {list(x.shape)}. "
+                "Give tokens [B, N, C] as x.unflatten(1, grid)."
+            )
+        q = split_heads(self.q_proj(x.flatten(1, 2)), self.num_heads)
+        coarser = self.kv_proj(self._coarser(x).flatten(1, 2))
+        k, v = (split_heads(part, self.num_heads) for part in coarser.chunk(2, dim=-1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out_proj(merge_heads(y))
+        return out.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, reduction={self.reduction}"
+
+    def _coarser(self, x: Tensor) -> Tensor:
+        """[B, rows, columns, C] -> [B, ceil(rows / R), ceil(columns / R), C]."""
+        if self.reduce is None or self.norm is None:
+            return x
+        below, right = (-size % self.reduction for size in x.shape[1:3])
+        if below or right:
+            x = nn.functional.pad(x, (0, 0, 0, right, 0, below))
+        y: Tensor = self.norm(self.reduce(x.movedim(-1, 1)).movedim(1, -1))
+        return y
