@@ -25,6 +25,7 @@ class PyramidStage:
         reduction: R: a layer attends to one token for each R x R of its own.
         stride: Pixels, or tokens of the stage before, from one token to the next, along each axis.
         expansion: Inner width of the feed-forward networks, in C.
+        pooled_size: P: it attends to P x P tokens in all, in place of a reduction. Default none.
 
     Raises:
         ArgumentError: If a size is not positive, or the heads do not divide the width.
@@ -36,6 +37,7 @@ class PyramidStage:
     reduction: int = 1
     stride: int = 2
     expansion: int = 4
+    pooled_size: int | None = None
 
     def __post_init__(self) -> None:
         require_multiple("embed_dim", self.embed_dim, "num_heads", self.num_heads)
@@ -49,7 +51,7 @@ class PyramidTransformer(nn.Module):
     feed-forward network with a depthwise convolution. The zeros around that convolution tell tokens where they are, so
     nothing else encodes positions and images of any size will do. Early stages have many tokens and large reductions,
     late ones few tokens and none: attention costs the product of tokens and reduced tokens, which is quadratic in the
-    number of pixels, and all the rest is linear. Only for images, not for clips.
+    number of pixels, or linear with pooled sizes, and all the rest is linear. Only for images, not for clips.
 
     Args:
         stages: From fine to coarse.
@@ -151,7 +153,9 @@ def _stage(
     blocks = [
         GridBlock(
             width,
-            SpatialReductionAttention(width, stage.num_heads, stage.reduction, device=device, dtype=dtype),
+            SpatialReductionAttention(
+                width, stage.num_heads, stage.reduction, pooled_size=stage.pooled_size, device=device, dtype=dtype
+            ),
             feed_forward=partial(ConvolutionFeedForward, expansion=stage.expansion),
             device=device,
             dtype=dtype,

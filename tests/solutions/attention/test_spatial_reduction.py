@@ -120,3 +120,65 @@ def test_what_does_not_fit_is_refused() -> None:
     for shape in ((2, 8, 8, 13), (2, 64, 12), (2, 2, 8, 8, 12), (2, 8, 0, 12)):
         with pytest.raises(ArgumentError, match=r"x must be \[B, rows, columns, 12\]; got \[2, "):
             SpatialReductionAttention(12, 3, 2)(torch.zeros(shape))
+
+
+def pooled(size: int) -> SpatialReductionAttention:
+    torch.manual_seed(0)
+    return SpatialReductionAttention(WIDTH, HEADS, pooled_size=size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 9), (3, 2), (16, 24)])
+def test_a_pooled_size_is_an_average_that_is_mixed_and_normed(grid: tuple[int, int]) -> None:
+    module, x = pooled(4), draw(grid).requires_grad_()
+    rows, columns = (
+        torch.stack([torch.arange(n).ge(n * i // 4) & torch.arange(n).lt(-(-n * (i + 1) // 4)) for i in range(4)])
+        for n in grid
+    )
+    shares = [part.double() / part.sum(1, keepdim=True) for part in (rows, columns)]  # [4, n]: who is averaged
+    mean = torch.einsum("im,jn,bmnc->bijc", *shares, x)
+    tokens = nn.functional.gelu(module.norm(mean @ module.reduce.weight[:, :, 0, 0].T + module.reduce.bias)).flatten(
+        1, 2
+    )
+    q = module.q_proj(x.flatten(1, 2)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    k, v = (p.unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in module.kv_proj(tokens).chunk(2, dim=-1))
+    heads = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    expected = module.out_proj(heads.transpose(1, 2).flatten(2)).view(x.shape)
+    torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=0)  # float64 sums in another order
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("grid", [(8, 8), (7, 9)])
+def test_pooled_it_is_transformers_linear_attention_with_the_same_weights(grid: tuple[int, int]) -> None:
+    from transformers import PvtV2Config
+    from transformers.models.pvt_v2.modeling_pvt_v2 import PvtV2SelfAttention
+
+    module, x = pooled(7), draw(grid).requires_grad_()
+    config = PvtV2Config(linear_attention=True, qkv_bias=True, layer_norm_eps=1e-5)
+    peer = PvtV2SelfAttention(config, WIDTH, HEADS, 1).double().eval()
+    pairs = [(module.q_proj, peer.query), (module.out_proj, peer.proj)]
+    pairs += [(module.reduce, peer.spatial_reduction), (module.norm, peer.layer_norm)]
+    for ours, theirs in pairs:
+        theirs.load_state_dict(ours.state_dict())
+    for own, key, value in zip(
+        module.kv_proj.parameters(), peer.key.parameters(), peer.value.parameters(), strict=True
+    ):
+        key.data.copy_(own[:WIDTH])
+        value.data.copy_(own[WIDTH:])
+    y, expected = module(x).flatten(1, 2), peer(x.flatten(1, 2), *grid)[0]
+    torch.testing.assert_close(y, expected, atol=1e-13, rtol=0)  # the same float64 sums, in another order
+    weight = torch.randn_like(y)
+    found, theirs = (torch.autograd.grad((part * weight).sum(), x, retain_graph=True)[0] for part in (y, expected))
+    torch.testing.assert_close(found, theirs, atol=1e-12, rtol=0)
+
+
+def test_pooled_it_costs_as_tokens_but_for_the_pooled_ones() -> None:
+    """16 times the tokens cost 16 times what queries, scores and outputs take; keys and values cost the same."""
+    module = pooled(4)
+    small, large = (count_flops(lambda side=side: module(draw((side, side), batch=1))) for side in (8, 32))
+    keys = 2 * 16 * WIDTH**2 * 3  # mixed, then keys and values, of 4 x 4 tokens
+    assert large - keys == 16 * (small - keys)
+
+
+def test_a_reduction_beside_a_pooled_size_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="reduction must be 1 with a pooled_size"):
+        SpatialReductionAttention(WIDTH, HEADS, 2, pooled_size=4)
