@@ -6,5 +6,5 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core are slower t
 
 from hypothesis import settings
 
-settings.register_profile("untimed")
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

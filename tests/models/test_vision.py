@@ -124,6 +124,17 @@ def test_pool_mean_reads_all_patches_alike() -> None:
     torch.testing.assert_close(model(images), model.head[0](x.mean(dim=1)), atol=1e-13, rtol=0)  # the same float64 sums
 
 
+def test_pool_attention_reads_patches_by_their_scores() -> None:
+    model, images = build("attention"), draw()
+    x = model.features(images)
+    assert x.shape == (2, 9, WIDTH) and model.class_tokens is None
+    scores = (x @ model.score.weight[0]).exp()
+    pooled = sum(scores[:, n, None] * x[:, n] for n in range(9)) / scores.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model(images), model.head[0](pooled), atol=1e-12, rtol=0)  # float64, weights up to one
+    nn.init.zeros_(model.score.weight)  # then all count alike
+    torch.testing.assert_close(model(images), model.head[0](x.mean(dim=1)), atol=1e-13, rtol=0)
+
+
 @pytest.mark.parametrize("num_class_tokens", [2, 3])
 def test_several_heads_answer_with_the_mean_of_their_probabilities(num_class_tokens: int) -> None:
     model, images = build(num_class_tokens=num_class_tokens), draw()
@@ -131,7 +142,7 @@ def test_several_heads_answer_with_the_mean_of_their_probabilities(num_class_tok
     torch.testing.assert_close(model(images).exp(), expected, atol=1e-13, rtol=0)  # float64 probabilities
 
 
-@pytest.mark.parametrize("pool", ["class", "mean"])
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
 def test_gradients(pool: Pool) -> None:
     model = build(pool)
     assert torch.autograd.gradcheck(model, (draw()[:1, :, :8, :4].clone().requires_grad_(),))
@@ -202,8 +213,10 @@ def test_what_does_not_fit_is_refused() -> None:
         VisionTransformer(patches, (8, 8), 1, lambda: SelfAttention(WIDTH, HEADS), CLASSES)
     with pytest.raises(UnknownNameError, match="unknown pool 'max'. Nearest: mean"):
         VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, pool="max")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="num_class_tokens must be left out with pool='mean'.*got 2"):
-        VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, pool="mean", num_class_tokens=2)
+    pools: tuple[Pool, ...] = ("mean", "attention")
+    for pool in pools:
+        with pytest.raises(ArgumentError, match=f"num_class_tokens must be left out with pool='{pool}'.*got 2"):
+            VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, pool=pool, num_class_tokens=2)
     with pytest.raises(ArgumentError, match="num_class_tokens must be positive; got 0"):
         VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, num_class_tokens=0)
     with pytest.raises(ArgumentError, match=r"images must be floating point \[B, 3, H, W\]"):

@@ -105,13 +105,14 @@ class VisionTransformer(nn.Module):
         if self.num_class_tokens:
             self.class_tokens = nn.Parameter(torch.empty(self.num_class_tokens, width, device=device, dtype=dtype))
             nn.init.normal_(self.class_tokens, std=0.02)
-        self.score = nn.Linear(width, 1, device=device, dtype=dtype) if pool == "attention" else None
+        score = None if pool != "attention" else nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
         self.blocks = stack_layers(
             width, num_layers, mixer, is_causal=False, residual=residual, device=device, dtype=dtype
         )
         check_built_for(skips, num_layers=num_layers, embed_dim=width)
         self.skips = skips
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
+        self.score = score  # part of the head to whoever goes by the order of a model's modules
         self.head = nn.ModuleList(
             nn.Linear(width, num_classes, device=device, dtype=dtype) for _ in range(num_class_tokens)
         )

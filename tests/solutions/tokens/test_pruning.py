@@ -1,9 +1,12 @@
 """Token pruning against one-row-at-a-time references; tokens truly leave."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError
@@ -135,6 +138,19 @@ def test_learned_pruning_is_hard_in_evaluation_and_when_hardened(by: str) -> Non
         assert reduced.positions[b][reduced.real[b]].tolist() == chosen[b].nonzero().flatten().tolist()
     assert reduced.x.shape[1] == chosen.sum(-1).max() < 30
     assert reduced.sizes is None
+
+
+def test_a_resumed_module_is_as_hard_as_the_saved_one(tmp_path: Path) -> None:
+    saved, resumed = LearnedTokenPruning(0.05), LearnedTokenPruning()
+    for harden in (False, True):
+        if harden:
+            saved.harden()
+        save_model(saved, str(tmp_path / "weights"))
+        load_model(resumed, str(tmp_path / "weights"))
+        assert resumed.is_hard == harden == (not resumed.threshold.requires_grad)
+        assert torch.equal(resumed.threshold, saved.threshold)
+    resumed.load_state_dict(LearnedTokenPruning().state_dict())
+    assert not resumed.is_hard and resumed.threshold.requires_grad
 
 
 def test_a_row_without_tokens_stays_empty() -> None:

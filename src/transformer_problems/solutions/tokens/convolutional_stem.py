@@ -15,9 +15,9 @@ Downsampling = Literal["stride", "pool"]
 class ConvolutionalStem(nn.Module):
     """Halves an image S times by convolutions of 3 x 3 whose widths double up to C, and makes each place a token.
 
-    Neighbouring tokens see common pixels, 2^(S + 1) - 1 on a side or more, and equal neighbourhoods make equal tokens
-    wherever they lie; only at the borders, beyond which all is zero, tokens differ. Images of any size will do: odd
-    sizes are rounded up. A VisionTransformer on such tokens is a CNN with a Transformer behind it.
+    A token sees 2^(S + 1) - 1 pixels a side or more, some of them in common with its neighbours, and equal surroundings
+    make equal tokens wherever they lie; only beyond the borders all is zero. Images of any size will do: halves are
+    rounded up. A VisionTransformer on such tokens is a CNN with a Transformer behind it.
 
     "stride": each stage is a convolution of stride 2, batch norm and ReLU; a 1 x 1 convolution follows the last. In
     training the images of a batch share their statistics.

@@ -66,7 +66,7 @@ class TubeletEmbedding(nn.Module):
 
     @classmethod
     def from_patches(cls, patches: PatchEmbedding, tubelet_len: int, *, method: Initialisation = "central") -> Self:
-        """Starts from the embedding of an image model: both ways a clip of one still image gets that image's tokens.
+        """Starts from an image model's embedding: tubelets filled by one still image become that image's tokens.
 
         Args:
             patches: Trained on images; is copied, not shared.
