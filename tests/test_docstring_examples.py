@@ -6,10 +6,15 @@ import pkgutil
 
 import pytest
 
+from transformer_problems.checkpoints import bundled
 from transformer_problems.solutions import training
 
 MODULES = [
-    importlib.import_module(found.name) for found in pkgutil.iter_modules(training.__path__, f"{training.__name__}.")
+    bundled,
+    *(
+        importlib.import_module(found.name)
+        for found in pkgutil.iter_modules(training.__path__, f"{training.__name__}.")
+    ),
 ]
 EXAMPLES = [
     test

@@ -173,3 +173,12 @@ def test_unknown_numbers_are_an_argument_error() -> None:
     with pytest.raises(ArgumentError, match="Numbers go from 01 to 18"):
         named_problem(load_catalogue(), "0")
     assert named_problem(load_catalogue(), "1").number == 1
+
+
+@pytest.mark.parametrize("arguments", [("show", 3), ("list",), ("list", "--json"), ("--version",)])
+def test_a_reader_that_has_seen_enough_is_no_failure(arguments: tuple[object, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head -1` does, before everything is printed
+    done = program(*arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

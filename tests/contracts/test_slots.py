@@ -3,6 +3,9 @@
 A catalogue entry of one of these roles without a sample here fails the build.
 """
 
+import re
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,7 +13,9 @@ from transformer_problems import (
     ALiBi,
     AttentionSinks,
     ChunkedAttention,
+    ConformerBlock,
     ContinualAttention,
+    ConvolutionModule,
     DeltaRule,
     DenseAttention,
     DifferentialAttention,
@@ -49,7 +54,7 @@ from transformer_problems import (
     XPos,
 )
 from transformer_problems.catalogue import load_catalogue
-from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.testing import check_attention_op, check_mixer, check_position
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
@@ -99,35 +104,41 @@ POSITIONS = {
     "yarn": lambda: ScaledRotaryEmbedding(HEAD_DIM, method="yarn", factor=4, trained_length=16),
 }
 
-MIXERS = {
+MIXERS = {  # segments, chunks and windows so short that gradients pass what is read from memory, and real searches
     "longformer_causal": lambda: LongformerAttention(WIDTH, HEADS, window_size=5, global_tokens=(0, 9), is_causal=True),
     "longformer": lambda: LongformerAttention(WIDTH, HEADS, window_size=5),
-    "transformer_xl": lambda: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5),
+    "transformer_xl": lambda: TransformerXL(WIDTH, HEADS, segment_len=5, memory_len=9),
     "mamba": lambda: Mamba(WIDTH, state_dim=4),
     "delta_rule": lambda: DeltaRule(WIDTH, HEADS, chunk_size=16),
     "gated_delta_rule": lambda: DeltaRule(WIDTH, HEADS, chunk_size=16, gated=True),
-    "memory_bank": lambda: MemoryBankAttention(WIDTH, HEADS, segment_len=8, left_context=5, num_memories=3),
-    "chunked_causal": lambda: ChunkedAttention(WIDTH, HEADS, chunk_size=8, left_chunks=1, look_ahead=False),
-    "continual": lambda: ContinualAttention(WIDTH, HEADS, window_len=9),
-    "nearest_neighbors": lambda: KNNMemoryAttention(WIDTH, HEADS, segment_len=8, memory_len=12, num_neighbors=12),
+    "memory_bank": lambda: MemoryBankAttention(WIDTH, HEADS, segment_len=2, left_context=1, num_memories=3),
+    "chunked_causal": lambda: ChunkedAttention(WIDTH, HEADS, chunk_size=2, left_chunks=1, look_ahead=False),
+    "continual": lambda: ContinualAttention(WIDTH, HEADS, window_len=4),
+    "nearest_neighbors": lambda: KNNMemoryAttention(WIDTH, HEADS, segment_len=5, memory_len=9, num_neighbors=2),
     "gated": lambda: GatedAttention(SelfAttention(WIDTH, HEADS, position=RotaryEmbedding(HEAD_DIM))),
     "gated_by_head": lambda: GatedAttention(SelfAttention(WIDTH, HEADS), granularity="head"),
     "differential": lambda: DifferentialAttention(WIDTH, HEADS),
     "grouped": lambda: SelfAttention(WIDTH, HEADS, num_kv_heads=2),
     "encoder": lambda: SelfAttention(WIDTH, HEADS, is_causal=False),
 }
+OTHER_MIXERS = {  # kept to their contract in their own tests
+    "chunked": lambda: ChunkedAttention(WIDTH, HEADS, chunk_size=8, left_chunks=1),
+    "retroactive": lambda: RetroactiveAttention(WIDTH, HEADS, window_len=9),
+    "convolution": lambda: ConvolutionModule(WIDTH, 5, is_causal=True),
+    "conformer": lambda: ConformerBlock(WIDTH, SelfAttention(WIDTH, HEADS), causal_convolution=True),
+}
 POSITIONED = {
-    "transformer_xl": lambda position: TransformerXL(WIDTH, HEADS, segment_len=8, memory_len=5, position=position),
+    "transformer_xl": lambda position: TransformerXL(WIDTH, HEADS, segment_len=5, memory_len=9, position=position),
     "chunked": lambda position: ChunkedAttention(
-        WIDTH, HEADS, chunk_size=8, left_chunks=1, look_ahead=False, position=position
+        WIDTH, HEADS, chunk_size=2, left_chunks=1, look_ahead=False, position=position
     ),
     "memory_bank": lambda position: MemoryBankAttention(
-        WIDTH, HEADS, segment_len=8, left_context=5, num_memories=3, position=position
+        WIDTH, HEADS, segment_len=2, left_context=1, num_memories=3, position=position
     ),
-    "continual": lambda position: ContinualAttention(WIDTH, HEADS, window_len=9, position=position),
+    "continual": lambda position: ContinualAttention(WIDTH, HEADS, window_len=4, position=position),
     "differential": lambda position: DifferentialAttention(2 * WIDTH, HEADS, position=position),
     "nearest_neighbors": lambda position: KNNMemoryAttention(
-        WIDTH, HEADS, segment_len=8, memory_len=12, num_neighbors=12, position=position
+        WIDTH, HEADS, segment_len=5, memory_len=9, num_neighbors=2, position=position
     ),
 }
 WIDTHS = {"differential": 2 * WIDTH}  # it halves its heads, and positions are told their width
@@ -169,6 +180,24 @@ def test_position_encoding(name: str) -> None:
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixer(name: str) -> None:
     check_mixer(MIXERS[name], embed_dim=WIDTH)
+
+
+@pytest.mark.parametrize("name", [*MIXERS, *OTHER_MIXERS])
+def test_wrong_inputs_of_a_mixer_are_one_clear_error(name: str) -> None:
+    mixer = (MIXERS | OTHER_MIXERS)[name]().eval()
+    x = torch.randn(2, 37, WIDTH)
+    calls = {"forward": mixer}
+    if mixer.is_causal:
+        calls["stream"] = lambda wrong: mixer.stream(wrong, mixer.initial_state(2))
+    for call, wrong in product(calls.values(), (x[0], x[:, :0, 0], x[..., :5], x[:, :0, :5], x[None])):
+        message = re.escape(f"x must be [B, N, {WIDTH}]; got {list(wrong.shape)}. Give one sequence as x[None].")
+        with pytest.raises(ArgumentError, match=message):
+            call(wrong)
+    for wrong in (torch.ones(2, 37), torch.ones(37) > 0, torch.ones(1, 37) > 0):
+        with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 37\], True for real tokens; got torch\."):
+            mixer(x, key_mask=wrong)
+    with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 0\], True for real tokens; got torch\."):
+        mixer(x[:, :0], key_mask=torch.ones(2, 37) > 0)
 
 
 @pytest.mark.parametrize("position", [name for name, make in POSITIONS.items() if make().attends])

@@ -17,6 +17,7 @@ from transformer_problems.solutions.attention.watched import WatchedAttention
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.tokens.merging import TokenMerging
 from transformer_problems.solutions.tokens.pruning import LearnedTokenPruning, TokenPruning, pruning_penalty
+from transformer_problems.solutions.training.checkpointing import checkpoint_layers
 
 WIDTH, LAYERS, OUTPUTS = 16, 3, 5
 REDUCERS = {
@@ -145,3 +146,37 @@ def test_what_does_not_fit_is_refused() -> None:
     plain = Encoder(11, WIDTH, 1, lambda: SelfAttention(WIDTH, 4, is_causal=False))
     with pytest.raises(CombinationError, match="SelfAttention has 0. Build it with op=WatchedAttention"):
         ReducingEncoder(plain, [None])
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.parametrize("batch_size", [0, 2])
+def test_no_tokens_give_no_output(name: str, batch_size: int) -> None:
+    model = ReducingEncoder(encoder(), [REDUCERS[name]() for _ in range(LAYERS)]).eval()
+    nothing = torch.zeros(batch_size, 0, dtype=torch.int64)
+    for key_mask in (None, nothing > 0):
+        assert model(nothing, key_mask=key_mask).shape == (batch_size, 0, OUTPUTS)
+        assert len(model.trace(nothing, key_mask=key_mask)) == LAYERS
+
+
+def test_wrong_inputs_are_named() -> None:
+    model = ReducingEncoder(encoder(), [None] * LAYERS)
+    tokens, key_mask = inputs([20, 7])
+    for wrong in (tokens[0], tokens[None], tokens.float()):
+        with pytest.raises(ArgumentError, match=r"tokens must be whole numbers \[B, N\]; got"):
+            model(wrong)
+    for wrong in (key_mask[:, :19], key_mask[:1], key_mask.long(), torch.ones(2, 25) > 0):
+        for call in (model, model.trace):
+            with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 20\], True for real tokens; got"):
+                call(tokens, key_mask=wrong)
+
+
+def test_checkpoints_that_would_save_nothing_are_refused() -> None:
+    model = ReducingEncoder(encoder(), [TokenPruning(0.5), None, None])
+    tokens, _ = inputs([9])
+    plain = model(tokens)
+    with checkpoint_layers(model):
+        with pytest.raises(CombinationError, match="nothing would be recomputed. Leave checkpoint_layers out"):
+            model(tokens)
+        with torch.no_grad():
+            assert torch.equal(model(tokens), plain)
+    assert torch.equal(model(tokens), plain)

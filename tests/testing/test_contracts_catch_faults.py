@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_problems import DenseAttention, RotaryEmbedding, SelfAttention
+from transformer_problems import (
+    DenseAttention,
+    KNNMemoryAttention,
+    RotaryEmbedding,
+    SelfAttention,
+    SlidingWindow,
+    TransformerXL,
+)
 from transformer_problems.core.errors import ContractError
 from transformer_problems.core.slots import PositionEncoding
 from transformer_problems.solutions.attention.kv_cache import KVCache
@@ -53,6 +60,39 @@ FAULTS = {
 def test_check_mixer_finds(check: str, hooks: dict[str, Callable]) -> None:
     with pytest.raises(ContractError, match=rf"{check} +broken"):
         check_mixer(Faulty(**hooks), embed_dim=16)
+
+
+@pytest.mark.parametrize("claimed", [None, 4])
+def test_check_mixer_finds_gradients_that_stop_elsewhere_than_said(claimed: int | None) -> None:
+    mixer = TransformerXL(16, 2, segment_len=3, memory_len=2)
+    mixer.gradient_segment = claimed
+    with pytest.raises(ContractError, match="gradients +broken"):
+        check_mixer(mixer, embed_dim=16)
+
+
+def test_check_mixer_finds_gradients_that_do_not_stop_as_said() -> None:
+    mixer = SelfAttention(16, 2)
+    mixer.gradient_segment = 3
+    with pytest.raises(ContractError, match="gradients +broken: gradients pass the segment of gradient_segment=3"):
+        check_mixer(mixer, embed_dim=16)
+
+
+def test_check_mixer_forgives_turned_choices_in_half_precision_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    mixer = KNNMemoryAttention(16, 2, segment_len=3, memory_len=9, num_neighbors=1)
+    report = check_mixer(mixer, embed_dim=16)
+    assert "half precision" in str(report) and "rounding may turn the choice of keys" in str(report)
+    mixer.chooses_keys = False
+    with pytest.raises(ContractError, match="half precision +broken: bfloat16 against float64"):
+        check_mixer(mixer, embed_dim=16)
+
+    class Coarse(KNNMemoryAttention):
+        def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+            y = super().forward(x, key_mask=key_mask, positions=positions)
+            return 1.2 * y if y.dtype == torch.bfloat16 else y
+
+    with pytest.raises(ContractError, match="half precision +broken: bfloat16 against float64"):
+        check_mixer(Coarse(16, 2, segment_len=3, memory_len=9, num_neighbors=1), embed_dim=16)
 
 
 def test_check_mixer_finds_a_parameter_that_never_learns() -> None:
@@ -123,6 +163,63 @@ def test_check_mixer_finds_a_state_that_changes_under_its_holder() -> None:
 
     with pytest.raises(ContractError, match="state stays valid +broken"):
         check_mixer(Shared(16, 2), embed_dim=16)
+
+
+def test_check_mixer_finds_a_mask_of_another_length_that_is_taken() -> None:
+    class TakesAnyMask(SelfAttention):
+        def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+            if key_mask is not None:
+                longer = nn.functional.pad(key_mask, (0, x.shape[1]), value=True)
+                key_mask = longer[:, : x.shape[1]]
+            return super().forward(x, key_mask=key_mask, positions=positions)
+
+    with pytest.raises(ContractError, match="masks of other lengths +broken: a mask of 1 for 101 tokens .*came back"):
+        check_mixer(TakesAnyMask(16, 2), embed_dim=16)
+
+
+def test_check_mixer_finds_a_mask_that_is_refused_without_a_word() -> None:
+    class Careless(SelfAttention):
+        def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+            if key_mask is not None and key_mask.shape[1] > x.shape[1]:
+                raise IndexError("out of range")
+            return super().forward(x, key_mask=key_mask, positions=positions)
+
+    with pytest.raises(ContractError, match="a mask of 102 for 101 tokens must .*; raised IndexError: out of"):
+        check_mixer(Careless(16, 2), embed_dim=16)
+
+
+class Held(SelfAttention):
+    """Streams with a window of five tokens, through states of a given kind."""
+
+    def __init__(self, kind: type[KVCache]) -> None:
+        super().__init__(16, 2, op=SlidingWindow(5), cache=lambda batch_size: kind.empty(batch_size, lookback=5))
+
+
+class NeverLetsGo(KVCache):
+    """Shows the tokens it keeps and holds on to all that came."""
+
+    def trimmed(self) -> "NeverLetsGo":
+        num_left = len(self) - self.lookback
+        return self if num_left <= 0 else replace(self, _dropped=self._dropped + num_left)
+
+
+class Uncounted(KVCache):
+    @property
+    def num_bytes(self) -> int:
+        return 8 * len(self)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (NeverLetsGo, r"its tensors lie in \d+ bytes of storage for \d+ bytes held"),
+        (Uncounted, r"num_bytes says \d+, its tensors hold \d+"),
+    ],
+)
+def test_check_mixer_finds_a_state_of_other_bytes_than_it_says(kind: type[KVCache], found: str) -> None:
+    assert not check_mixer(Held(KVCache), embed_dim=16).broken
+    with pytest.raises(ContractError, match=f"bytes of the state +broken: {found}"):
+        check_mixer(Held(kind), embed_dim=16)
 
 
 def test_check_mixer_reports_what_holds() -> None:

@@ -14,11 +14,16 @@ BundledName = Literal["base", "draft"]
 def bundled(name: BundledName) -> Path:
     """The folder of a bundled checkpoint, in Hugging Face's layout.
 
-    Its tokens are bytes: `list(text.encode())` encodes, `bytes(tokens).decode()` decodes, and 256 begins a text.
+    Its tokens are bytes, but for 256, which begins a text: decoding leaves out tokens above 255.
     The README.md in the folder tells what it was trained on, how, and its held-out score.
 
     Raises:
         UnknownNameError: If there is no such checkpoint.
+
+    Example:
+        >>> tokens = [256, *"naïve".encode()]
+        >>> bytes(token for token in tokens if token < 256).decode(errors="replace")  # a text may end within a letter
+        'naïve'
     """
     if name not in get_args(BundledName):
         raise UnknownNameError("bundled checkpoint", name, get_args(BundledName))

@@ -31,9 +31,12 @@ def main() -> None:
         code = _INTERRUPTED
     except TransformerProblemsError as error:
         _fail(str(error))
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader, such as `head`, has seen enough
-        sys.exit(0)
+    except (BrokenPipeError, SystemExit) as error:
+        # the reader, such as `head`, has seen enough, which click and rich answer by an exit with code 1
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _drop_output()
+        code = 0
     except OSError as error:
         if error.filename is None and error.errno not in _NO_ROOM:
             raise
@@ -49,7 +52,12 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     try:
         sys.stdout.flush()
-    except OSError:  # the end of the process would try once more, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        _drop_output()
     print(f"transformer-problems: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Leave what is still to be printed unprinted: the end of the process would try once more, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

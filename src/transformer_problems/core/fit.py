@@ -4,7 +4,7 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_not_negative
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.slots import AttentionOp, PositionEncoding
+from transformer_problems.core.slots import AttentionOp, Cache, PositionEncoding
 
 
 def check_attention_fit(
@@ -60,6 +60,24 @@ def check_built_for(part: object, **sizes: int) -> None:
                 f"{part_name} is built for {name}={own}, but its place here has {name}={size}. "
                 f"Build {part_name} for {name}={size}."
             )
+
+
+def check_cache_fit(op: AttentionOp, cache: Cache) -> None:
+    """Refuse a cache that forgets keys which the op can still see.
+
+    Raises:
+        CombinationError: With the remedy.
+    """
+    kept, kept_sinks = getattr(cache, "lookback", None), getattr(cache, "num_sinks", 0)
+    seen, seen_sinks = getattr(op, "lookback", None), getattr(op, "num_sinks", 0)
+    if kept is None or (seen is not None and kept >= seen and kept_sinks >= seen_sinks):
+        return
+    op_name, cache_name = type(op).__name__, type(cache).__name__
+    sees = "every key" if seen is None else f"{seen} keys before a query's own and the first {seen_sinks}"
+    raise CombinationError(
+        f"{op_name} can see {sees}; the {cache_name} keeps {kept} and the first {kept_sinks}. "
+        f"Make it with lookback={seen}{f' and num_sinks={seen_sinks}' if seen_sinks else ''}."
+    )
 
 
 def check_start(batch_size: int, position: PositionEncoding | None = None, *, is_causal: bool = True) -> None:

@@ -31,9 +31,19 @@ def check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
     )
 
 
-def mask_of_keys(key_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The key mask of x [B, N, C] as a mask of scores, [B, 1, 1, N]; raises ArgumentError where it is none."""
+def check_input(x: Tensor, key_mask: Tensor | None = None, *, embed_dim: int) -> None:
+    """Refuse what is no batch of sequences of hidden states, or no key mask of them.
+
+    Raises:
+        ArgumentError: Unless x is [B, N, embed_dim], and the mask None or bool [B, N].
+    """
+    if x.dim() != 3 or x.shape[2] != embed_dim:
+        raise ArgumentError(f"x must be [B, N, {embed_dim}]; got {list(x.shape)}. Give one sequence as x[None].")
     check_key_mask(key_mask, x)
+
+
+def mask_of_keys(key_mask: Tensor | None) -> Tensor | None:
+    """A key mask [B, N] as a mask of scores, [B, 1, 1, N]."""
     return None if key_mask is None else key_mask[:, None, None, :]
 
 

@@ -134,7 +134,7 @@ class State(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all `tensors()`; their storage may have room for as much again, and for a few tokens."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,7 +149,9 @@ class State(Protocol):
 class Cache(State, Protocol):
     """A state that holds the keys and values of tokens, exactly or nearly.
 
-    Every method gives a new cache and leaves the old one as it was.
+    Every method gives a new cache and leaves the old one as it was. Optional attributes, read with these defaults:
+    `lookback = None`, the newest keys that it always keeps (None: all), and `num_sinks = 0`, the first keys that it
+    keeps beside them.
 
     Shape:
         keys, values: [B, G, M, D] with M the tokens held; positions: [M].
@@ -193,7 +195,10 @@ class TokenMixer(Protocol):
         x: [B, N, C]; key_mask: [B, N] bool, True for real tokens; positions: [N] or [B, N]; output: [B, N, C].
 
     `is_causal` says whether token i sees only tokens up to i: decoders require True, encoders False.
-    An attribute `embed_dim`, where there is one, says which C it is built for, so that a model can refuse another.
+    Optional attributes, read with these defaults: `embed_dim = None`, the C that it is built for, so that a model can
+    refuse another; `gradient_segment = None`, the tokens in a segment, into which later segments pass no gradients
+    (None: they go everywhere); `chooses_keys = False`: whether it leaves keys out by their scores, a choice that
+    rounding may turn.
     """
 
     is_causal: bool

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.token_slots import Attended, TokenReducer, Tokens
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.encoder import Encoder
+from transformer_problems.models.stack import check_tokens
 from transformer_problems.solutions.attention.watched import WatchedAttention
 
 
@@ -27,8 +29,9 @@ class ReducingEncoder(nn.Module):
         token has left, the same for tokens that were merged.
 
     Raises:
-        ArgumentError: If there is not one entry of `reducers` for each layer.
-        CombinationError: If a layer does not attend through WatchedAttention, or the encoder has long skips.
+        ArgumentError: If there is not one entry of `reducers` for each layer, or an input's shape or dtype is wrong.
+        CombinationError: If a layer does not attend through WatchedAttention, the encoder has long skips, or a pass
+            with gradients stands in `checkpoint_layers`.
 
     Source:
         Goyal et al. 2020, arXiv:2001.08950, figure 3; Bolya et al. 2023, arXiv:2210.09461, figure 1.
@@ -58,10 +61,13 @@ class ReducingEncoder(nn.Module):
         self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tokens, ...]:
         """What is left after each layer, before the final norm and the head."""
+        check_tokens(tokens, key_mask)
         body = self.encoder.body
         if positions is None:
             positions = body.choose_positions(tokens.shape[1], tokens.device)
         current = Tokens.whole(body.embed(tokens, positions), key_mask=key_mask, positions=positions)
+        if tokens.shape[1] == 0:  # nothing to attend to, so nothing for a reducer to see
+            return (current,) * len(body.blocks)
         layers = []
         for block, reducer in zip(body.blocks, self.reducers, strict=True):
             assert isinstance(block, TransformerBlock)
@@ -81,6 +87,11 @@ def _op_of(block: nn.Module) -> WatchedAttention:
 
 
 def _layer(block: TransformerBlock, reducer: TokenReducer | None, tokens: Tokens) -> Tokens:
+    if torch.is_grad_enabled() and "forward" in vars(block):
+        raise CombinationError(
+            "ReducingEncoder runs the parts of its layers, not their `forward`, which checkpoint_layers replaces: "
+            "nothing would be recomputed. Leave checkpoint_layers out, or use it on an Encoder."
+        )
     attended: Attended | None = None
 
     def watched(h: Tensor) -> Tensor:

@@ -177,3 +177,12 @@ def test_bad_arguments_are_named() -> None:
     layer = build(4)
     with pytest.raises(ArgumentError, match="x must be one token, .*; got 2 tokens"):
         layer.step(draw(2), layer.initial_state(2))
+    with pytest.raises(ArgumentError, match=r"x must be \[B, N, 12\]; got \[2, 12\]"):
+        layer.step(draw(1)[:, 0], layer.initial_state(2))
+    with pytest.raises(ArgumentError, match="a chunk must have the batch size of its state, 3; got 2"):
+        layer.step(draw(1), layer.initial_state(3))
+    with pytest.raises(ArgumentError, match="batch_size must not be negative; got -1"):
+        layer.initial_state(-1)
+    for state in (None, ContinualAttention(WIDTH, HEADS, window_len=4).initial_state(2)):
+        with pytest.raises(ArgumentError, match="state must come from initial_state or an earlier step; got"):
+            layer.step(draw(1), state)  # type: ignore[arg-type]

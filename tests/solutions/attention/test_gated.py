@@ -1,17 +1,22 @@
 """GatedAttention against the formula, around several mixers."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.attention.differential import DifferentialAttention
 from transformer_problems.solutions.attention.gated import GatedAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.memory.knn_memory import KNNMemoryAttention
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
+from transformer_problems.solutions.recurrence.mamba import Mamba
+from transformer_problems.solutions.recurrence.transformer_xl import TransformerXL
 from transformer_problems.testing import check_mixer
 
 Granularity = Literal["element", "head"]
@@ -57,8 +62,17 @@ def test_keeps_the_contract(granularity: Granularity) -> None:
     )
 
 
-def test_gates_other_mixers() -> None:
-    check_mixer(GatedAttention(DifferentialAttention(32, 2), granularity="head"), embed_dim=32)
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "by head": lambda: GatedAttention(DifferentialAttention(32, 2), granularity="head"),
+    "without heads": lambda: GatedAttention(Mamba(32, state_dim=4)),
+    "with memory": lambda: GatedAttention(TransformerXL(32, 4, segment_len=3, memory_len=4)),
+    "with a search": lambda: GatedAttention(KNNMemoryAttention(32, 4, segment_len=3, memory_len=9, num_neighbors=2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gates_other_mixers(name: str) -> None:
+    check_mixer(OTHERS[name], embed_dim=32)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from(GRANULARITIES))
@@ -89,3 +103,7 @@ def test_what_cannot_be_gated_is_refused() -> None:
         GatedAttention(attention)
     with pytest.raises(ArgumentError, match="granularity must be 'element' or 'head'; got 'row'"):
         GatedAttention(SelfAttention(16, 4), granularity="row")
+    mamba = Mamba(16, state_dim=4)
+    with pytest.raises(ArgumentError, match="granularity 'head' needs an attention with num_heads; Mamba has none"):
+        GatedAttention(mamba, granularity="head")
+    GatedAttention(mamba)  # which was left as it was

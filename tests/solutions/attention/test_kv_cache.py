@@ -1,4 +1,7 @@
-"""KVCache: what it holds, that holders never see it change, and that gradients pass."""
+"""KVCache: what it holds and lets go of, that holders never see it change, and that gradients pass."""
+
+import pickle
+import re
 
 import pytest
 import torch
@@ -71,11 +74,58 @@ def test_trimming_leaves_what_a_query_can_see_and_costs_nothing_later() -> None:
 
 def test_a_lookback_bounds_the_memory_of_a_long_stream() -> None:
     cache, token = KVCache.empty(BATCH, lookback=5), tokens(1)
-    storages = set()
     for _ in range(200):
         cache = cache.append(token, token).trimmed()
-        storages.add(cache.keys.untyped_storage().nbytes())
-    assert max(storages) <= 2 * 6 * BATCH * GROUPS * DIM * 4  # twice the lookback and the new token
+        assert stored_bytes(cache) <= most_bytes(cache)
+
+
+def stored_bytes(cache: KVCache) -> int:
+    assert cache._buffer is not None
+    return sum(x.untyped_storage().nbytes() for x in (cache._buffer.k, cache._buffer.v))
+
+
+def most_bytes(cache: KVCache) -> int:
+    """Twice what is held, and room for 16 tokens."""
+    return 2 * cache.num_bytes + 2 * 16 * BATCH * GROUPS * DIM * 4
+
+
+@settings(max_examples=100)
+@given(
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=8),
+    lookback=st.none() | st.integers(0, 40),
+    num_sinks=st.integers(0, 4),
+    requires_grad=st.booleans(),
+)
+def test_storage_is_at_most_twice_what_is_held_and_a_little(
+    sizes: list[int], lookback: int | None, num_sinks: int, requires_grad: bool
+) -> None:
+    cache, made = KVCache.empty(BATCH, lookback=lookback, num_sinks=num_sinks), []
+    for seed, size in enumerate(sizes):
+        k = tokens(size, seed=seed, requires_grad=requires_grad)
+        cache = cache.append(k, k).trimmed()
+        assert stored_bytes(cache) <= most_bytes(cache)
+        made.append((cache, cache.keys.detach().clone()))
+    assert all(torch.equal(older.keys, keys) for older, keys in made), "an older cache changed"
+
+
+def test_a_long_chunk_is_let_go_of_by_the_cache_and_by_what_is_pickled() -> None:
+    for num_sinks in (0, 4):
+        cache = KVCache.empty(BATCH, lookback=32, num_sinks=num_sinks).append(tokens(10_000), tokens(10_000)).trimmed()
+        assert stored_bytes(cache) == cache.num_bytes
+        # two tensors, each with its storage, and some hundred bytes of names
+        assert len(pickle.dumps(cache)) < cache.num_bytes + 2_000
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 20, 40, 56, 57, 64, 500])
+def test_a_window_copies_a_few_tokens_for_each_that_comes(size: int) -> None:
+    """A move copies what was held, letting go copies what is kept: together at most 3 tokens for each new one."""
+    cache, copied, chunk, num_chunks = KVCache.empty(BATCH, lookback=40), 0, tokens(size), max(4, 2000 // size)
+    for _ in range(num_chunks):
+        longer = cache.append(chunk, chunk)
+        copied += len(cache) * (longer._buffer is not cache._buffer)
+        cache = longer.trimmed()
+        copied += len(cache) * (cache._buffer is not longer._buffer)
+    assert copied <= 3 * size * num_chunks
 
 
 def test_appending_a_token_seldom_copies() -> None:
@@ -184,8 +234,54 @@ def test_a_cache_of_inference_mode_goes_on_without_it() -> None:
     assert torch.equal(held.keys, k) and not held.keys.is_inference()
 
 
+def test_a_last_append_far_longer_than_the_window_cannot_be_taken_back() -> None:
+    cache = KVCache.empty(BATCH, lookback=5).append(tokens(3), tokens(3)).trimmed()
+    longest = tokens(5 + 16)
+    assert cache.append(longest, longest).trimmed().truncated(3).keys.equal(cache.keys)
+    longer = cache.append(tokens(100), tokens(100)).trimmed()
+    assert longer.truncated(103) == longer
+    with pytest.raises(ArgumentError, match=r"num_tokens must be at least 103; got 102.*Keep the earlier cache"):
+        longer.truncated(102)
+
+
 def test_another_batch_is_refused() -> None:
     with pytest.raises(ArgumentError, match="batch size of its state, 3; got 2"):
         KVCache.empty(BATCH + 1).append(tokens(1), tokens(1))
-    with pytest.raises(ArgumentError, match="batch_size must not be negative; got -1"):
-        KVCache.empty(-1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_does_not_fit_the_tokens_held_is_refused(trained: bool) -> None:
+    good = tokens(2)
+    empty = KVCache.empty(BATCH)
+    filled = empty.append(tokens(3, requires_grad=trained), tokens(3))
+    for cache in (empty, filled, filled.append(good, good)):
+        for v in (good[:, :, :1], good[:, :1], good[..., :1], good[:1], good[0]):
+            shapes = re.escape(f"got [2, 3, 2, 4] and {list(v.shape)}")
+            with pytest.raises(ArgumentError, match=rf"k and v must both be \[B, G, n, D\]; {shapes}"):
+                cache.append(good, v)
+        with pytest.raises(ArgumentError, match=r"k and v must both be \[B, G, n, D\]; got \[2, 3, 2\]"):
+            cache.append(good[..., 0], good[..., 0])
+        with pytest.raises(ArgumentError, match=r"v must be \[2, 3, n, 4\] torch.float32 on cpu, .*; got .*float64"):
+            cache.append(good, good.double())
+    for other in (good[:, :1], good[..., :2], good.double(), good.to("meta")):
+        for cache in (filled, filled.append(good, good)):
+            with pytest.raises(ArgumentError, match=r"k must be \[2, 3, n, 4\] torch.float32 on cpu, .*; got"):
+                cache.append(other, other)
+    assert len(filled) == 3
+
+
+@pytest.mark.parametrize("name", ["batch_size", "lookback", "num_sinks"])
+def test_negative_sizes_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} must not be negative; got -3"):
+        KVCache.empty(**{"batch_size": BATCH, name: -3})
+    with pytest.raises(ArgumentError, match=f"{name} must be a whole number; got 1.5"):
+        KVCache.empty(**{"batch_size": BATCH, name: 1.5})
+
+
+def test_an_empty_cache_has_nothing_to_read_until_it_knows_a_shape() -> None:
+    cache = KVCache.empty(BATCH)
+    for read in ("keys", "values", "positions"):
+        with pytest.raises(ArgumentError, match="an empty cache has no keys, values or positions yet.*Append"):
+            getattr(cache, read)
+    known = cache.append(tokens(0), tokens(0))
+    assert known.keys.shape == known.values.shape == (BATCH, GROUPS, 0, DIM) and len(known.positions) == 0

@@ -8,15 +8,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.core.slots import AttentionOp, PositionEncoding
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
+from transformer_problems.solutions.attention.attention_sinks import AttentionSinks
+from transformer_problems.solutions.attention.dense import DenseAttention
+from transformer_problems.solutions.attention.linformer import Linformer
 from transformer_problems.solutions.attention.packing import PackedAttention, pack, run_packed, unpack
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.attention.sliding_window import SlidingWindow
+from transformer_problems.solutions.attention.sparse import SparseAttention
 from transformer_problems.solutions.attention.topk import TopKAttention
 from transformer_problems.solutions.position.alibi import ALiBi
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
+from transformer_problems.solutions.training.checkpointing import checkpoint_layers
 from transformer_problems.testing import check_attention_op
 
 POSITIONS = {"none": None, "rotary": RotaryEmbedding(4), "alibi": ALiBi(4)}
@@ -26,11 +32,11 @@ def masks(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def encoder(position: PositionEncoding | None = None) -> Encoder:
+def encoder(position: PositionEncoding | None = None, op: AttentionOp | None = None) -> Encoder:
     torch.manual_seed(0)
 
     def mixer() -> SelfAttention:
-        return SelfAttention(16, 4, num_kv_heads=2, op=PackedAttention(), position=position, is_causal=False)
+        return SelfAttention(16, 4, num_kv_heads=2, op=PackedAttention(op), position=position, is_causal=False)
 
     return Encoder(11, 16, 2, mixer, position=SinusoidalEncoding(16)).double()
 
@@ -70,12 +76,42 @@ def test_packed_equals_padded_in_outputs_and_gradients(position: str, lengths: l
         torch.testing.assert_close(mine, reference)
 
 
-def test_padding_may_stand_anywhere() -> None:
-    model = encoder(POSITIONS["alibi"])
+PLACE_COUNTING = {
+    "dense": DenseAttention,
+    "window": lambda: SlidingWindow(2),
+    "sinks": lambda: AttentionSinks(1, num_sinks=2),
+    "sparse": lambda: SparseAttention(4, pattern="fixed", num_summary=1),
+    "linformer": lambda: Linformer(20, 5),
+}
+
+
+@pytest.mark.parametrize("op", PLACE_COUNTING)
+def test_padding_may_stand_anywhere(op: str) -> None:
+    position = None if op == "linformer" else POSITIONS["alibi"]
+    model = encoder(position, PLACE_COUNTING[op]())
     key_mask = torch.rand(4, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    key_mask[0] = torch.arange(20) >= 7  # padding in front only
+    key_mask[1] = False
     tokens = torch.randint(11, key_mask.shape)
     padded, packed = model(tokens, key_mask=key_mask), run_packed(model, tokens, key_mask=key_mask)
     torch.testing.assert_close(packed[key_mask], padded[key_mask])
+    assert (packed[~key_mask] == 0).all()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointed_layers_are_recomputed_packed(every: int) -> None:
+    model, key_mask = encoder(POSITIONS["rotary"]), masks([9, 1, 30])
+    tokens = torch.randint(11, key_mask.shape)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run_packed(model, tokens, key_mask=key_mask).square().sum(), [*model.parameters()])
+
+    plain = gradients()
+    with checkpoint_layers(model, every=every):
+        assert all(map(torch.equal, gradients(), plain))
+        later = run_packed(model, tokens, key_mask=key_mask).square().sum()
+        run_packed(model, tokens[:1, :2], key_mask=masks([2]))  # other lengths come before the first are recomputed
+    assert all(map(torch.equal, torch.autograd.grad(later, [*model.parameters()]), plain))
 
 
 def test_decoders_stay_causal_within_each_sequence() -> None:

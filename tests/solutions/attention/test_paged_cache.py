@@ -1,6 +1,9 @@
 """PagedKVCache: what it holds equals a plain cache, pages are shared, copied and given back, capacity is a rule."""
 
+import copy
+import pickle
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,18 +128,64 @@ def test_what_does_not_fit_the_pool_is_refused() -> None:
     cache = PagedKVCache.empty(BATCH, pool=make_pool())
     good = tokens(3)
     narrow, grouped, flat = good[..., : DIM - 1], good[:, :1], good[..., 0]
-    misfits = [(x, x) for x in (narrow, grouped, flat, good[:1])]
-    misfits += [(good, x) for x in (narrow, grouped, flat, good[:1], good[:, :, :2])]
-    for k, v in misfits:
+    for k, v in [(flat, flat), *((good, x) for x in (narrow, grouped, flat, good[:1], good[:, :, :2]))]:
         shapes = re.escape(f"{list(k.shape)} and {list(v.shape)}")
-        with pytest.raises(ArgumentError, match=rf"k and v must both be \[2, 2, n, 4\] for this pool; got {shapes}"):
+        with pytest.raises(ArgumentError, match=rf"k and v must both be \[B, G, n, D\]; got {shapes}"):
             cache.append(k, v)
+    for other in (narrow, grouped):
+        shape = re.escape(str(list(other.shape)))
+        with pytest.raises(ArgumentError, match=rf"k must be \[2, 2, n, 4\] torch.float32 on cpu, .*; got {shape}"):
+            cache.append(other, other)
+    with pytest.raises(ArgumentError, match="batch size of its state, 2; got 1"):
+        cache.append(good[:1], good[:1])
     for other, got in ((good.double(), "torch.float64 on cpu"), (good.to("meta"), "torch.float32 on meta")):
         for name, k, v in (("k", other, other), ("v", good, other)):
-            with pytest.raises(ArgumentError, match=f"{name} must be torch.float32 on cpu as the pool is; got {got}"):
+            message = rf"{name} must be \[2, 2, n, 4\] torch.float32 on cpu, .*; got \[2, 2, 3, 4\] {got}"
+            with pytest.raises(ArgumentError, match=message):
                 cache.append(k, v)
     assert cache.pool.num_free == cache.pool.num_pages
     with pytest.raises(ArgumentError, match="must not need gradients"):
         cache.append(tokens(1).requires_grad_(), tokens(1))
     with pytest.raises(ArgumentError, match="page_size must be positive; got 0"):
         make_pool(page_size=0)
+    with pytest.raises(ArgumentError, match="batch_size must not be negative; got -1"):
+        PagedKVCache.empty(-1, pool=make_pool())
+
+
+def test_a_cache_without_tokens_shows_none() -> None:
+    empty = PagedKVCache.empty(BATCH, pool=make_pool())
+    for cache in (empty, empty.append(tokens(0), tokens(0))):
+        assert cache.keys.shape == cache.values.shape == (BATCH, GROUPS, 0, DIM)
+        assert len(cache) == len(cache.positions) == 0 and cache.pool.num_free == cache.pool.num_pages
+        assert torch.equal(cache.append(tokens(3), tokens(3)).keys, tokens(3))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_the_pages_and_gives_them_back_with_the_last_holder(copied: Callable) -> None:
+    pool = make_pool()
+    cache = PagedKVCache.empty(BATCH, pool=pool).append(tokens(6), tokens(6))
+    other = copied([cache])[0]
+    taken = pool.num_pages - pool.num_free
+    assert other.pool is pool and torch.equal(other.keys, tokens(6)) and taken == 2 * BATCH
+    longer, another = other.append(tokens(1), tokens(1)), cache.append(tokens(1, seed=1), tokens(1, seed=1))
+    assert torch.equal(longer.keys[:, :, 6:], tokens(1)) and torch.equal(another.keys[:, :, 6:], tokens(1, seed=1))
+    del cache, longer, another
+    assert torch.equal(other.keys, tokens(6))
+    del other
+    assert pool.num_free == pool.num_pages
+
+
+def test_a_copied_pool_is_another_one_and_all_free() -> None:
+    pool = make_pool(num_pages=7, dtype=torch.float64)
+    cache = PagedKVCache.empty(BATCH, pool=pool).append(tokens(6).double(), tokens(6).double())
+    for other in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
+        assert (other.num_free, other.page_size) == (7, 4)
+        assert other.keys.shape == pool.keys.shape and other.keys.dtype == torch.float64
+        PagedKVCache.empty(BATCH, pool=other).append(tokens(1).double(), tokens(1).double())
+    assert torch.equal(cache.keys, tokens(6).double())
+
+
+def test_a_cache_cannot_be_pickled_away_from_its_pool() -> None:
+    cache = PagedKVCache.empty(BATCH, pool=make_pool()).append(tokens(6), tokens(6))
+    with pytest.raises(ArgumentError, match=r"a PagedKVCache cannot be pickled.*append its keys and values"):
+        pickle.dumps(cache)

@@ -186,16 +186,25 @@ def test_what_does_not_continue_the_tokens_held_is_refused(trimmed: bool) -> Non
     cache = QuantizedKVCache.empty(BATCH, group_size=4, num_recent=0).append(tokens(8), tokens(8))
     cache = cache.trimmed() if trimmed else cache
     for other in (tokens(1)[:, :1], tokens(1)[..., :4], tokens(1).float(), tokens(1, dtype=torch.float64).to("meta")):
-        with pytest.raises(
-            ArgumentError, match=r"k must continue the \[2, 2, [08], 8\] torch.float64 on cpu held; got"
-        ):
+        with pytest.raises(ArgumentError, match=r"k must be \[2, 2, n, 8\] torch.float64 on cpu, as the cache is; got"):
             cache.append(other, other)
-    with pytest.raises(ArgumentError, match=r"v must continue the .* torch.float64 on cpu held; got .*float32"):
+    with pytest.raises(ArgumentError, match=r"v must be .* torch.float64 on cpu, .*; got .*float32"):
         cache.append(tokens(1), tokens(1).float())
     assert len(cache) == 8 and len(cache.append(tokens(1), tokens(1))) == 9
 
 
+def test_an_empty_cache_has_nothing_to_read_until_it_knows_a_shape() -> None:
+    cache = QuantizedKVCache.empty(BATCH)
+    for read in ("keys", "values", "positions"):
+        with pytest.raises(ArgumentError, match="an empty cache has no keys, values or positions yet.*Append"):
+            getattr(cache, read)
+    known = cache.append(tokens(0), tokens(0)).trimmed()
+    assert known.keys.shape == (BATCH, GROUPS, 0, DIM) and len(known.positions) == 0
+
+
 def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="batch_size must not be negative; got -1"):
+        QuantizedKVCache.empty(-1)
     with pytest.raises(ArgumentError, match="bits must be 8 or 4; got 2"):
         QuantizedKVCache.empty(1, bits=2)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="group_size must be positive"):

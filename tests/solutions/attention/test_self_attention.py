@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.slots import PositionEncoding
+from transformer_problems.solutions.attention.attention_sinks import AttentionSinks
 from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 from transformer_problems.solutions.attention.linformer import Linformer
@@ -182,6 +183,43 @@ def test_wrong_combinations_are_refused() -> None:
         build(position=dynamic).initial_state(2)
     with pytest.raises(ArgumentError, match="is_causal must be True to stream"):
         build(is_causal=False).initial_state(2)
+
+
+@pytest.mark.parametrize(
+    ("op", "lookback", "num_sinks", "needed"),
+    [
+        (FlashAttention(), 8, 0, "FlashAttention can see every key"),
+        (SlidingWindow(5), 4, 0, "SlidingWindow can see 5 keys before a query's own and the first 0"),
+        (AttentionSinks(5, num_sinks=2), 5, 1, "AttentionSinks can see 5 keys before a query's own and the first 2"),
+    ],
+)
+def test_a_cache_that_forgets_what_the_op_can_see_is_refused(
+    op: nn.Module, lookback: int, num_sinks: int, needed: str
+) -> None:
+    layer = build(op=op, cache=lambda b: KVCache.empty(b, lookback=lookback, num_sinks=num_sinks))
+    with pytest.raises(CombinationError, match=rf"{needed}; .* keeps {lookback} and the first {num_sinks}. Make"):
+        layer.initial_state(2)
+
+
+@pytest.mark.parametrize("op", [SlidingWindow(5), AttentionSinks(5, num_sinks=2)], ids=repr)
+@pytest.mark.parametrize(("lookback", "num_sinks"), [(5, 2), (5, 3), (9, 2), (None, 0)])
+def test_a_cache_that_keeps_what_the_op_can_see_or_more_streams_exactly(
+    op: nn.Module, lookback: int | None, num_sinks: int
+) -> None:
+    layer = build(
+        op=op,
+        position=RotaryEmbedding(DIM),
+        cache=lambda b: KVCache.empty(b, lookback=lookback, num_sinks=num_sinks),
+    )
+    check_streaming(layer, [3, 1, 20, 1, 1, 7])
+
+
+def test_a_layer_with_a_window_lets_go_of_a_long_past() -> None:
+    layer = build(op=AttentionSinks(32, num_sinks=4))
+    with torch.no_grad():
+        _, state = layer.stream(draw(5000), layer.initial_state(2))
+    assert (len(state), state.num_bytes) == (36, 2 * 2 * 36 * WIDTH * 8)
+    assert state._buffer.k.untyped_storage().nbytes() == state.num_bytes / 2
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

@@ -125,6 +125,14 @@ def test_samples_follow_the_temperature() -> None:
         assert ((drawn.bincount(minlength=3) / 20_000 - expected).abs() < 5 * (0.25 / 20_000) ** 0.5).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("logits", [[0.0, 3.0, -5.0], [1e30, 2e30, float("-inf")], [-7.0, -6.9, -7.0]])
+def test_the_coldest_samples_are_the_most_probable_tokens(temperature: float, logits: list[float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    written = generate(Fixed([logits] * 3), torch.tensor([[0]]), 5, temperature=temperature, generator=generator)
+    assert written.tokens.tolist() == [[0, 1, 1, 1, 1, 1]]
+
+
 def test_no_gradients_are_kept() -> None:
     assert not generate(build(), draw_prompt(3), 2).tokens.requires_grad
 

@@ -96,3 +96,28 @@ def test_callers_mistakes_are_one_clear_error() -> None:
             num_passes=1,
             mask_token=MASK,
         )
+
+
+def test_templates_that_the_model_cannot_read_are_refused() -> None:
+    model = Watched()
+    for shaped, told in (
+        (torch.tensor([MASK]), r"template must be \[B, N\]; got \[1\]"),
+        (torch.zeros(2, 0, dtype=torch.long), "with at least one token in each row"),
+        (torch.full((1, 2), float(MASK)), "template must hold tokens as torch.int64 or .*; got torch.float32"),
+        (torch.tensor([[MASK, -1]]), "template must hold tokens from 0 on; got -1"),
+        (torch.tensor([[MASK, VOCAB]]), f"template must hold tokens from 0 to 8, the model's vocabulary; got {VOCAB}"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            mask_predict(model, shaped, num_passes=2, mask_token=MASK)
+    with pytest.raises(ArgumentError, match="template must hold tokens from 0 to 8, the model's vocabulary; got 30"):
+        mask_predict(model, torch.full((1, 2), 30), num_passes=2, mask_token=30)
+    for logits in (torch.zeros(1, VOCAB), torch.zeros(1, 3, VOCAB)):
+        with pytest.raises(ArgumentError, match=r"model must give logits \[1, 2, V\]; got \[1, "):
+            mask_predict(lambda tokens, y=logits: y, torch.full((1, 2), MASK), num_passes=1, mask_token=MASK)
+
+
+def test_a_head_may_know_no_mask() -> None:
+    torch.manual_seed(0)
+    model = Encoder(VOCAB, 16, 1, lambda: SelfAttention(16, 4, is_causal=False), num_outputs=MASK)
+    written = mask_predict(model, torch.full((2, 5), MASK), num_passes=3, mask_token=MASK)
+    assert bool((written.tokens < MASK).all()) and written.num_passes == 3

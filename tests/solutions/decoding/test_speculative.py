@@ -73,6 +73,55 @@ def test_greedy_text_is_exactly_the_targets(op: str, batch_size: int, length: in
         assert torch.equal(written.tokens, expected)
 
 
+@pytest.mark.parametrize("stop_token", range(VOCAB))
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 9), (3, 5)])
+def test_greedy_text_stops_exactly_where_the_targets_does(stop_token: int, batch_size: int, length: int) -> None:
+    target, prompt = build(), draw_prompt(batch_size, length)
+    for num_tokens in (1, 6, 25):
+        expected = generate(target, prompt, num_tokens, stop_token=stop_token).tokens
+        for draft in (target, build(1, num_layers=1), PromptLookup(2)):
+            written = speculative_decode(target, draft, prompt, num_tokens, stop_token=stop_token)
+            assert torch.equal(written.tokens, expected)
+
+
+def test_rows_that_stopped_hold_no_other_up_and_count_no_more() -> None:
+    target = Chain(torch.eye(5, dtype=torch.float64).roll(1, dims=1))  # 0 -> 1 -> ... -> 4 -> 0
+
+    def draft(tokens: Tensor, num_tokens: int) -> Tensor:
+        """Right for the second row, wrong for the first."""
+        right = tokens[1, -1] + 1 + torch.arange(num_tokens)
+        return torch.stack([torch.zeros_like(right), right % 5])
+
+    prompt = torch.tensor([[3], [0]])
+    written = speculative_decode(target, draft, prompt, 20, stop_token=4)
+    assert written.tokens.tolist() == [[3, 4, 4, 4, 4], [0, 1, 2, 3, 4]]
+    # the prompt's pass ends the first row; the next one drafts four for both, of which the second row's all pass
+    assert (written.num_passes, written.num_drafted, written.num_tested, written.num_accepted) == (2, 4, 4, 4)
+
+
+def test_sampled_texts_stop_as_the_targets_do() -> None:
+    """A stop is part of what is drawn: the share of texts that have stopped is that of the target's chain."""
+    transitions = draw_chain(0)
+    prompt, generator = torch.zeros(3000, 1, dtype=torch.long), torch.Generator().manual_seed(0)
+    texts = speculative_decode(
+        Chain(transitions), Chain(draw_chain(1)), prompt, 4, temperature=1.0, generator=generator, stop_token=2
+    ).tokens[:, 1:]
+    stopping = transitions.clone()
+    stopping[2] = torch.tensor([0.0, 0.0, 1.0])  # what fills up is certain
+    stopped = (texts == 2).long()
+    assert bool((stopped.diff(dim=1) >= 0).all())
+    expected = stopping.matrix_power(4)[0, 2]  # stopped after four tokens
+    # five standard deviations of a share of 3000 texts
+    assert abs(stopped[:, -1].double().mean() - expected) < 5 * (0.25 / 3000) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_the_coldest_samples_are_the_greedy_text(temperature: float) -> None:
+    target, prompt, generator = build(), draw_prompt(2, 5), torch.Generator().manual_seed(0)
+    written = speculative_decode(target, build(1), prompt, 9, temperature=temperature, generator=generator)
+    assert torch.equal(written.tokens, generate(target, prompt, 9).tokens)
+
+
 def test_a_draft_may_keep_any_state() -> None:
     torch.manual_seed(1)
     draft = Decoder(VOCAB, 16, 1, lambda: Mamba(16, state_dim=4)).double()

@@ -1,7 +1,9 @@
 """Chunks, both indices and the prompt, against definitions written out and against damaged files."""
 
+import copy
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,35 @@ def test_saved_and_loaded_finds_the_same(kind: str, index: VectorIndex | BM25Ind
     assert loaded.search("second", 1)[0].index == 4
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+@pytest.mark.parametrize("num_passages", [0, 4])
+def test_a_copy_finds_the_same_and_grows_alone(kind: str, num_passages: int, copied: Callable) -> None:
+    index = INDICES[kind]()
+    index.add(PASSAGES[:num_passages])
+    other = copied(index)
+    if num_passages:
+        assert other.search("red harbour", 4) == index.search("red harbour", 4) != []
+    other.add(["A second red door stands open."])
+    assert other.search("second", 1)[0].index == num_passages
+    assert (len(index), len(other)) == (num_passages, num_passages + 1)
+
+
+def test_passages_that_cannot_be_tokenized_are_not_added() -> None:
+    def tokenize(text: str) -> list[str]:
+        if "broken" in text:
+            raise ValueError("no words")
+        return words(text)
+
+    index = BM25Index(tokenize)
+    index.add(PASSAGES[:2])
+    before = index.search("red door", 4)
+    with pytest.raises(ValueError, match="no words"):
+        index.add(["A fine passage.", "broken"])
+    assert len(index) == 2 and index.search("red door", 4) == before
+    index.add(PASSAGES[2:])
+    assert index.search("crane", 1)[0].index == 2
+
+
 def test_an_empty_index_can_be_saved(kind: str, tmp_path: Path) -> None:
     INDICES[kind]().save(tmp_path)
     loaded = LOADERS[kind](tmp_path)
@@ -238,10 +269,21 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(index: VectorIndex |
 
 
 @pytest.mark.parametrize(
-    "returned", [np.zeros(3), np.zeros((2, 3)), np.full((1, 3), np.nan), np.zeros((1, 0)), np.float32(1)]
+    ("returned", "told"),
+    [
+        (np.zeros(3), r"numbers of shape \[1, d\] for 1 texts; got shape \[3\]"),
+        (np.zeros((2, 3)), r"numbers of shape \[1, 3\] for 1 texts; got shape \[2, 3\]"),
+        (np.zeros((1, 0)), r"numbers of shape \[1, d\] for 1 texts; got shape \[1, 0\]"),
+        (np.float32(1), r"numbers of shape \[1, d\] for 1 texts; got shape \[\]"),
+        (
+            np.full((1, 3), np.nan),
+            "finite numbers; got NaN or infinity for 1 of 1 texts, the first 'one text'. Leave out",
+        ),
+        (np.array([[1, -np.inf]]), "finite numbers; got NaN or infinity for 1 of 1 texts"),
+    ],
 )
-def test_wrong_embeddings_are_refused(returned: np.ndarray) -> None:
-    with pytest.raises(ArgumentError, match="embed must return finite numbers of shape"):
+def test_wrong_embeddings_are_refused(returned: np.ndarray, told: str) -> None:
+    with pytest.raises(ArgumentError, match=f"embed must return {told}"):
         VectorIndex(lambda texts: returned).add(["one text"])
 
 

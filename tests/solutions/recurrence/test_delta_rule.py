@@ -148,7 +148,9 @@ def test_chunks_of_any_sizes_give_what_the_whole_gives(
     layer = build(gated=gated, conv_size=conv_size, chunk_size=chunk_size)
     x = torch.randn(2, sum(sizes), WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(run_stream(layer, x, sizes)[0], layer(x), **TOLERANCE)
+        y, state = run_stream(layer, x, sizes)
+        torch.testing.assert_close(y, layer(x), **TOLERANCE)
+    assert state.num_seen == state.detach().num_seen == sum(sizes)
 
 
 def test_streamed_gradients_equal_those_of_the_whole() -> None:
@@ -208,6 +210,15 @@ def test_a_decoder_streams_through_layers_of_memory() -> None:
             logits, state = model.stream(chunk, state)
             outputs.append(logits)
         torch.testing.assert_close(torch.cat(outputs, dim=1), model(tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_sequences_give_no_output(gated: bool) -> None:
+    layer, nothing = DeltaRule(WIDTH, HEADS, gated=gated), torch.randn(0, 21, WIDTH)
+    y, state = layer.stream(nothing, layer.initial_state(0))
+    z, state = layer.stream(nothing[:, :1], state)
+    assert layer(nothing).shape == y.shape == nothing.shape and z.shape == (0, 1, WIDTH)
+    assert state.num_bytes == 0
 
 
 def test_bad_arguments_are_named() -> None:

@@ -15,6 +15,7 @@ from transformer_problems.core.slots import token_positions
 from transformer_problems.lab.meters.memory import peak_memory_bytes
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
+from transformer_problems.solutions.attention.chunked import ChunkedAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.training.checkpointing import checkpoint_layers
@@ -84,6 +85,21 @@ def test_dropout_draws_the_same_numbers_again() -> None:
     plain, plain_grads = gradients(model, tokens)
     torch.manual_seed(3)
     with checkpoint_layers(model):
+        y, grads = gradients(model, tokens)
+    assert torch.equal(y, plain)
+    assert all(map(torch.equal, grads, plain_grads))
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_chunk_sizes_are_drawn_the_same_again(every: int) -> None:
+    def mixer() -> ChunkedAttention:
+        return ChunkedAttention(WIDTH, HEADS, chunk_size=4, left_chunks=1, dynamic_chunk_sizes=(1, 6))
+
+    model, tokens = Encoder(VOCAB, WIDTH, 5, mixer), draw()
+    torch.manual_seed(3)
+    plain, plain_grads = gradients(model, tokens)
+    torch.manual_seed(3)
+    with checkpoint_layers(model, every=every):
         y, grads = gradients(model, tokens)
     assert torch.equal(y, plain)
     assert all(map(torch.equal, grads, plain_grads))
@@ -191,7 +207,7 @@ def test_the_model_is_as_before_afterwards_also_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), checkpoint_layers(model):
         assert list(model.state_dict()) == names
         raise RuntimeError("stop")
-    assert all("forward" not in vars(block) for block in model.body.blocks)
+    assert all(vars(block).keys().isdisjoint({"forward", "stream"}) for block in model.body.blocks)
 
 
 def test_contexts_may_be_nested_and_streaming_goes_on_inside() -> None:
@@ -206,7 +222,27 @@ def test_contexts_may_be_nested_and_streaming_goes_on_inside() -> None:
     assert torch.equal(y, plain) and torch.equal(again, plain)
     assert all(map(torch.equal, grads, plain_grads))
     torch.testing.assert_close(streamed, plain)  # another order of float32 sums
-    assert all("forward" not in vars(block) for block in model.body.blocks)
+    assert all(vars(block).keys().isdisjoint({"forward", "stream"}) for block in model.body.blocks)
+
+
+def test_streams_with_gradients_are_refused() -> None:
+    model, tokens = build(), draw()
+    with (
+        checkpoint_layers(model, every=3),
+        checkpoint_layers(model, every=2),
+        pytest.raises(CombinationError, match=r"got a stream with gradients.*inside torch\.no_grad"),
+    ):
+        model.stream(tokens, model.initial_state(2))
+    streamed, _ = model.stream(tokens, model.initial_state(2))
+    assert streamed.requires_grad
+
+
+def test_a_compiled_model_stays_one_graph() -> None:
+    model, tokens = build(2), draw()
+    _, plain_grads = gradients(model, tokens)
+    with checkpoint_layers(model):
+        _, grads = gradients(torch.compile(model, backend="eager", fullgraph=True), tokens)
+    assert all(map(torch.equal, grads, plain_grads))
 
 
 def test_a_pass_begun_inside_may_end_outside() -> None:

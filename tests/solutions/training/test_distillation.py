@@ -128,6 +128,10 @@ def test_wrong_arguments_are_refused() -> None:
         distillation_loss(logits, logits, targets, alpha=2)
     with pytest.raises(ArgumentError, match="targets must hold at least one answer; all are -100"):
         distillation_loss(logits, logits, torch.full((2,), -100))
+    for wrong in (logits.softmax(-1), torch.tensor([0, 1, 2]), torch.tensor([0]), torch.tensor(0), targets.float()):
+        told = rf"targets must be torch.int64 \[2\], .*; got {wrong.dtype} \[{', '.join(map(str, wrong.shape))}\]"
+        with pytest.raises(ArgumentError, match=told):
+            distillation_loss(logits, logits, wrong)
 
 
 def test_a_batch_holds_the_teachers_tokens_as_targets() -> None:
@@ -154,3 +158,9 @@ def test_a_teacher_that_does_not_continue_is_refused() -> None:
     for write in (lambda p: p, lambda p: torch.zeros(1, 5, dtype=torch.long)):
         with pytest.raises(ArgumentError, match=r"write must continue the prompts, \[1, 2\]"):
             sequence_level_batch(write, prompts)
+
+
+def test_prompts_without_a_token_are_refused() -> None:
+    for prompts in (torch.zeros(2, 0, dtype=torch.long), torch.tensor([1, 2])):
+        with pytest.raises(ArgumentError, match=r"prompts must be \[B, N\] with at least one token.*start token"):
+            sequence_level_batch(lambda p: torch.zeros(2, 4, dtype=torch.long), prompts)

@@ -1,7 +1,5 @@
 """Chunked attention: a token sees its own chunk and a few chunks before it, as in streaming speech recognition."""
 
-import random
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from transformer_problems.core.arguments import (
 )
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
-from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.heads import bias_of, check_input, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
@@ -31,7 +29,8 @@ class ChunkedAttention(nn.Module):
     inside a chunk is taken as the end of the stream, and continuing after it raises ArgumentError.
 
     `chunk_size` may be changed on a built layer, between streams. With `dynamic_chunk_sizes` every call in training
-    mode draws its own, so that one model serves any latency; evaluation and streaming use `chunk_size`.
+    mode draws its own from PyTorch's global generator, as nn.Dropout does, so that one model serves any latency;
+    evaluation and streaming use `chunk_size`.
 
     Args:
         embed_dim: C, the model width.
@@ -40,7 +39,6 @@ class ChunkedAttention(nn.Module):
         left_chunks: Chunks before a token's own that it sees.
         look_ahead: Tokens see their whole chunk, also what comes after them.
         dynamic_chunk_sizes: Smallest and largest chunk size drawn in training, both included. Default none drawn.
-        seed: Of the drawing.
         position: An encoding that acts inside attention. Default none.
         op: The attention op, given blocks, key masks and causality. Default DenseAttention.
         bias: Projections carry a bias term.
@@ -55,8 +53,9 @@ class ChunkedAttention(nn.Module):
 
     Source:
         Zhang et al. 2020, arXiv:2012.05481, section 3 (chunk masks, dynamic chunk training).
-        Differs from the paper: left context is a number of chunks where the paper trains with all of it, and sizes
-        are drawn uniformly from the given range, where the paper takes the whole utterance every other time.
+        Differs from the paper: left context is a number of chunks where the paper trains with all of it; sizes are
+        drawn uniformly from the given range, where the paper takes the whole utterance every other time; and each
+        layer draws its own, where all layers of the paper's model share one.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class ChunkedAttention(nn.Module):
         left_chunks: int,
         look_ahead: bool = True,
         dynamic_chunk_sizes: tuple[int, int] | None = None,
-        seed: int = 0,
         position: PositionEncoding | None = None,
         op: AttentionOp | None = None,
         bias: bool = False,
@@ -88,7 +86,7 @@ class ChunkedAttention(nn.Module):
         check_attention_fit(self.op, position, num_heads=num_heads, head_dim=head_dim, is_causal=self.is_causal)
         self.embed_dim = embed_dim
         self.num_heads, self.chunk_size, self.left_chunks = num_heads, chunk_size, left_chunks
-        self.dynamic_chunk_sizes, self._random = dynamic_chunk_sizes, random.Random(seed)
+        self.dynamic_chunk_sizes = dynamic_chunk_sizes
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -100,6 +98,7 @@ class ChunkedAttention(nn.Module):
         return 0 if self.is_causal else self.chunk_size - 1
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         num_tokens = x.shape[1]
         if num_tokens == 0:
             return x
@@ -139,6 +138,7 @@ class ChunkedAttention(nn.Module):
 
     def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x, state
         inside = state.num_seen % self.chunk_size
@@ -161,7 +161,8 @@ class ChunkedAttention(nn.Module):
     def _draw_chunk_size(self) -> int:
         if self.dynamic_chunk_sizes is None or not self.training:
             return self.chunk_size
-        return self._random.randint(*self.dynamic_chunk_sizes)
+        smallest, largest = self.dynamic_chunk_sizes
+        return int(torch.randint(smallest, largest + 1, (), device="cpu"))
 
     def _stream_within_chunk(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """x: tokens that do not cross the end of the current chunk."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.fit import check_attention_fit, check_streams
-from transformer_problems.core.heads import merge_heads, rotate, split_heads
+from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start, check_streams
+from transformer_problems.core.heads import check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
@@ -142,7 +142,8 @@ class RetroactiveAttention(nn.Module):
 
     Raises:
         CombinationError: If the position encoding adds a bias, or cannot be streamed.
-        ArgumentError: If the heads do not divide the width, the window is shorter than 2, or a step is not one token.
+        ArgumentError: If the heads do not divide the width, the window is shorter than 2, or a step is not one token of
+            the sequences that its state has followed.
 
     Source:
         Hedegaard et al. 2022, arXiv:2201.06268, section 3.2 (retroactive).
@@ -174,7 +175,7 @@ class RetroactiveAttention(nn.Module):
                 f"{type(position).__name__} adds a bias to the scores, which RetroactiveAttention does not keep. "
                 "Use RotaryEmbedding."
             )
-        self.num_heads, self.window_len, self.position = num_heads, window_len, position
+        self.embed_dim, self.num_heads, self.window_len, self.position = embed_dim, num_heads, window_len, position
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -182,13 +183,14 @@ class RetroactiveAttention(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Full bidirectional attention over x, whatever its length: what `step` gives if x is the window."""
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return self._merge(self.op(*self._project(x, positions), mask=mask))
+        return self._merge(self.op(*self._project(x, positions), mask=mask_of_keys(key_mask)))
 
     def initial_state(self, batch_size: int) -> RetroactiveState:
         """The state before the first token: an empty window."""
+        check_start(batch_size)
         weight = self.q_proj.weight
         heads = weight.new_empty(batch_size, self.num_heads, 0, weight.shape[0] // self.num_heads)
         sums = heads.double()
@@ -197,8 +199,12 @@ class RetroactiveAttention(nn.Module):
 
     def step(self, x: Tensor, state: RetroactiveState) -> tuple[Tensor, RetroactiveState]:
         """One more token, [B, 1, C] -> outputs of the whole window, and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         if x.shape[1] != 1:
             raise ArgumentError(f"x must be one token, [B, 1, C]; got {x.shape[1]} tokens. Call step for each.")
+        if not isinstance(state, RetroactiveState):
+            raise ArgumentError(f"state must come from initial_state or an earlier step; got {state!r}.")
+        check_same_batch(x, len(state.q))
         q, k, v = self._project(x, token_positions(1, x.device, start=state.num_seen))
         num_seen = state.num_seen + 1
         if num_seen > self.window_len:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.fit import check_attention_fit, check_start
-from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
+from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
@@ -77,12 +77,13 @@ class DifferentialAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x
         if positions is None:
             positions = token_positions(x.shape[1], x.device)
         q, q_rotated, k, v = self._project(x, positions)
-        return self._attend(q, q_rotated, k, v, positions, positions, mask_of_keys(key_mask, x))
+        return self._attend(q, q_rotated, k, v, positions, positions, mask_of_keys(key_mask))
 
     def initial_state(self, batch_size: int) -> KVCache:
         """The state before the first token: an empty cache."""
@@ -93,6 +94,7 @@ class DifferentialAttention(nn.Module):
 
     def stream(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x, state
         positions = token_positions(x.shape[1], x.device, start=state.num_seen)

@@ -16,14 +16,15 @@ class GatedAttention(nn.Module):
     Args:
         attention: The layer whose heads are gated, SelfAttention or any mixer that ends in an `out_proj`. Its output
             projection moves into this module, behind the gate: use it only through this module from then on.
-        granularity: One gate for each "element" of each head, or one for each "head".
+        granularity: One gate for each "element" of what out_proj reads, or one for each "head" of it.
         bias: The gate's projection carries a bias term.
 
     Shape:
         x: [B, N, C]; key_mask: [B, N]; positions: [N] or [B, N]; output: [B, N, C].
 
     Raises:
-        ArgumentError: If `attention` has no linear out_proj to put a gate before, or granularity is neither.
+        ArgumentError: If `attention` has no linear out_proj to put a gate before, granularity is neither, or it is
+            "head" and `attention` has no num_heads.
 
     Source:
         Qiu et al. 2025, arXiv:2505.06708, section 2.2, position G1 (after the attention product).
@@ -41,12 +42,19 @@ class GatedAttention(nn.Module):
             )
         if granularity not in ("element", "head"):
             raise ArgumentError(f"granularity must be 'element' or 'head'; got {granularity!r}.")
+        self.num_heads: int | None = getattr(attention, "num_heads", None)
+        num_gates = self.num_heads if granularity == "head" else out_proj.in_features
+        if num_gates is None:
+            raise ArgumentError(
+                f"granularity 'head' needs an attention with num_heads; {type(attention).__name__} has none. "
+                "Choose granularity='element'."
+            )
         self.attention, self.out_proj = attention, out_proj
         attention.out_proj = nn.Identity()
         self.is_causal: bool = attention.is_causal  # type: ignore[assignment]
+        self.gradient_segment: int | None = getattr(attention, "gradient_segment", None)
+        self.chooses_keys: bool = getattr(attention, "chooses_keys", False)
         self.embed_dim, self.granularity = out_proj.out_features, granularity
-        self.num_heads: int = attention.num_heads  # type: ignore[assignment]
-        num_gates = out_proj.in_features if granularity == "element" else self.num_heads
         weight = out_proj.weight
         self.gate_proj = nn.Linear(
             out_proj.out_features, num_gates, bias=bias, device=weight.device, dtype=weight.dtype
@@ -71,6 +79,6 @@ class GatedAttention(nn.Module):
         """y: [B, N, H*D], the heads side by side."""
         gate = self.gate_proj(x).sigmoid()  # [B, N, H*D] or [B, N, H]
         if self.granularity == "head":
-            gate = gate.repeat_interleave(y.shape[-1] // self.num_heads, dim=-1)
+            gate = gate.repeat_interleave(y.shape[-1] // gate.shape[-1], dim=-1)
         out: Tensor = self.out_proj(gate * y)
         return out

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_not_negative
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_same_batch
+from transformer_problems.solutions.attention.cache_rules import check_appended, require_held
+
+_SPARE = 16  # tokens of room beyond twice those kept, so that a window of a few need not move for each that comes
 
 
 @dataclass
@@ -30,7 +32,8 @@ class KVCache:
     """An append-only cache of keys and values that never changes under its holder.
 
     `append` writes into spare room behind the newest cache and returns a new view, so a token costs amortised
-    constant time; appending to an older cache copies first, so one prefix can be continued in several ways.
+    constant time; appending to an older cache copies first, so one prefix can be continued in several ways. Once
+    trimmed, its storage is at most twice what it holds and 16 tokens: a larger buffer is left behind.
 
     Args:
         lookback: Keys before a query's own that are ever needed; older ones are dropped. None keeps all.
@@ -38,6 +41,9 @@ class KVCache:
 
     Shape:
         keys, values: [B, G, M, D] with M the tokens held, sinks first; positions: [M].
+
+    Raises:
+        ArgumentError: If a size is negative, or keys and values do not fit each other or those held.
 
     Source:
         Pope et al. 2022, arXiv:2211.05102, section 2.1; the sinks are those of Xiao et al. 2023, arXiv:2309.17453.
@@ -53,7 +59,9 @@ class KVCache:
 
     @classmethod
     def empty(cls, batch_size: int, *, lookback: int | None = None, num_sinks: int = 0) -> Self:
-        require_not_negative(batch_size=batch_size)
+        require_not_negative(batch_size=batch_size, num_sinks=num_sinks)
+        if lookback is not None:
+            require_not_negative(lookback=lookback)
         return cls(batch_size, lookback, num_sinks)
 
     def __len__(self) -> int:
@@ -82,22 +90,19 @@ class KVCache:
         return {} if self._buffer is None else {"keys": self.keys, "values": self.values}
 
     def detach(self) -> Self:
-        if self._buffer is None:
-            return self
-        buffer = _Buffer(self.keys.detach(), self.values.detach(), len(self))
-        return replace(self, _buffer=buffer, _dropped=0, _end=len(self))
+        return self if self._buffer is None else self._holding(self.keys.detach(), self.values.detach())
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens. k, v: [B, G, n, D]."""
-        check_same_batch(k, self.batch_size)
-        n = k.shape[-2]
         buffer = self._buffer
+        check_appended(k, v, self.batch_size, None if buffer is None else buffer.k)
+        n = k.shape[2]
         past = () if buffer is None else (buffer.k, buffer.v)
         if any(x.requires_grad for x in (k, v, *past)):
             held = (k, v) if buffer is None else (torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2))
             return self._with(_Buffer(*held, len(self) + n), 0, n)
         if buffer is None or not buffer.takes(n, behind=self._end):
-            buffer, dropped = self._moved(k, v, len(self) + n), 0
+            buffer, dropped = self._moved(k, len(self) + n), 0
         else:
             dropped = self._dropped
         end = dropped + len(self)
@@ -107,15 +112,19 @@ class KVCache:
         return self._with(buffer, dropped, n)
 
     def trimmed(self) -> Self:
-        """The cache without the tokens that no later query can see."""
+        """The cache without the tokens that no later query can see, and in a smaller buffer where that is due."""
         if self.lookback is None or len(self) <= self.num_sinks + self.lookback:
             return self
-        return replace(self, _dropped=self._end - self.num_sinks - self.lookback)
+        kept = replace(self, _dropped=self._end - self.num_sinks - self.lookback)
+        if self._held.k.shape[2] <= 2 * len(kept) + _SPARE:
+            return kept
+        return kept._holding(kept.keys.clone(), kept.values.clone())
 
     def truncated(self, num_tokens: int) -> Self:
         """The cache as it was when it had seen `num_tokens` only; costs nothing until the next append, which copies.
 
-        Tokens of the last append can always be taken back, also where it made trimmed ones leave.
+        Tokens of the last append can be taken back, also where it made trimmed ones leave, unless they were over 16
+        more than the cache keeps.
 
         Raises:
             ArgumentError: If it has not seen as many, or has let tokens go that a query there would see.
@@ -144,10 +153,15 @@ class KVCache:
         end = dropped + len(self) + added
         return replace(self, num_seen=self.num_seen + added, _buffer=buffer, _dropped=dropped, _end=end)
 
-    def _moved(self, k: Tensor, v: Tensor, needed: int) -> _Buffer:
-        """A buffer of at least twice what is needed, with the held tokens at its front."""
-        shape = (*k.shape[:2], 2 * needed, k.shape[-1])
-        moved = _Buffer(k.new_empty(shape), v.new_empty((*shape[:-1], v.shape[-1])), len(self))
+    def _holding(self, keys: Tensor, values: Tensor) -> Self:
+        """The same tokens in a buffer of their own."""
+        return replace(self, _buffer=_Buffer(keys, values, len(self)), _dropped=0, _end=len(self))
+
+    def _moved(self, k: Tensor, needed: int) -> _Buffer:
+        """A buffer with the held tokens at its front and room; in a window not for what soon leaves it."""
+        room = 2 * needed if self.lookback is None else max(needed, 2 * len(self) + _SPARE)
+        shape = (*k.shape[:2], room, k.shape[-1])
+        moved = _Buffer(k.new_empty(shape), k.new_empty(shape), len(self))
         if self._buffer is not None:
             moved.k[:, :, : len(self)] = self.keys
             moved.v[:, :, : len(self)] = self.values
@@ -155,5 +169,4 @@ class KVCache:
 
     @property
     def _held(self) -> _Buffer:
-        assert self._buffer is not None, "an empty cache holds no tensors"
-        return self._buffer
+        return require_held(self._buffer)

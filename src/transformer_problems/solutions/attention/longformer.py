@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple, require_whole_numbers
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
-from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
+from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
@@ -83,6 +83,7 @@ class LongformerAttention(nn.Module):
         self.out_proj = projection()
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x
         places = token_positions(x.shape[1], x.device)
@@ -105,6 +106,7 @@ class LongformerAttention(nn.Module):
 
     def stream(self, x: Tensor, state: "LongformerState") -> tuple[Tensor, "LongformerState"]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x, state
         start, stop = state.window.num_seen, state.window.num_seen + x.shape[1]
@@ -175,7 +177,7 @@ class LongformerAttention(nn.Module):
     ) -> Tensor:
         """`y` with its `rows` replaced by attention over all of `k`, whose last tokens are those of `x`."""
         places = rows + k.shape[-2] - x.shape[1]
-        mask = mask_of_keys(key_mask, x)
+        mask = mask_of_keys(key_mask)
         if self.is_causal:
             causal = token_positions(k.shape[-2], x.device) <= places[:, None]
             mask = causal if mask is None else mask & causal

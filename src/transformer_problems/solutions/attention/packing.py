@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +40,15 @@ class PackedAttention(nn.Module):
         self.accepts_causal = getattr(self.op, "accepts_causal", True)
         self.lookback = getattr(self.op, "lookback", None)
         self.num_sinks = getattr(self.op, "num_sinks", 0)
-        self._lengths: Tensor | None = None
 
     @contextmanager
     def packed(self, lengths: Tensor) -> Iterator[None]:
         """Inside, every call gets one row of sequences of these lengths, [B] int, end to end."""
-        self._lengths = lengths
+        before = _lengths.set({**_lengths.get({}), self: lengths})
         try:
             yield
         finally:
-            self._lengths = None
+            _lengths.reset(before)
 
     def forward(
         self,
@@ -60,10 +60,11 @@ class PackedAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if self._lengths is None:
+        lengths = _lengths.get({}).get(self)
+        if lengths is None:
             return self.op(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
         check_shapes(q, k, v, mask)
-        total = int(self._lengths.sum())
+        total = int(lengths.sum())
         if q.shape[:-3].numel() != 1 or q.shape[-2] != total or k.shape[-2] != total:
             raise ArgumentError(
                 f"packed sequences must be one row of {total} tokens, the sum of their lengths; got queries "
@@ -73,7 +74,7 @@ class PackedAttention(nn.Module):
         q, k, v = (x.reshape(x.shape[-3:]) for x in (q, k, v))
         key_mask = None if mask is None else key_mask_of(mask, "PackedAttention").reshape(-1)
         outputs, order = [], []
-        for index in _by_length(self._lengths):
+        for index in _by_length(lengths):
             y = self.op(
                 *(x[:, index].transpose(0, 1) for x in (q, k, v)),  # [S, H, n, D]
                 bias=None if bias is None else _bias_of(bias, index),
@@ -83,6 +84,10 @@ class PackedAttention(nn.Module):
             outputs.append(y.transpose(0, 1).flatten(1, 2))  # [H, S*n, D]
             order.append(index.flatten())
         return torch.cat(outputs, dim=1)[:, torch.cat(order).argsort()].view(*lead, q.shape[0], total, -1)
+
+
+# A context variable, no attribute: `checkpoint_layers` recomputes layers in the context of their first run.
+_lengths: ContextVar[dict[PackedAttention, Tensor]] = ContextVar("_lengths")
 
 
 def pack(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +108,14 @@ def unpack(packed: Tensor, key_mask: Tensor) -> Tensor:
 def run_packed(model: nn.Module, tokens: Tensor, *, key_mask: Tensor) -> Tensor:
     """A model's outputs on the real tokens of a padded batch, computed without the padding; zeros elsewhere.
 
-    Every layer, feed-forward and head included, sees the real tokens only. Each token keeps the position that it has
-    in its padded row. Equals `model(tokens, key_mask=key_mask)` on real tokens, outputs and gradients.
+    Equals `model(tokens, key_mask=key_mask)` on real tokens, outputs and gradients. No layer, feed-forward and head
+    included, computes what follows a row's last real token. Padding before or between real tokens is computed, and
+    masked, for ops such as SlidingWindow count places: padding at the end is the one that costs nothing. Each token
+    keeps the position that it has in its padded row.
 
     Args:
-        model: Maps tokens [B, N, ...] with `positions` to [B, N, ...]; all its mixers attend through PackedAttention.
+        model: Maps tokens [B, N, ...] with `key_mask` and `positions` to [B, N, ...]; all its mixers attend through
+            PackedAttention.
 
     Shape:
         tokens: [B, N] or [B, N, C]; key_mask: [B, N]; output: [B, N, ...].
@@ -122,13 +130,15 @@ def run_packed(model: nn.Module, tokens: Tensor, *, key_mask: Tensor) -> Tensor:
                 f"{type(mixer).__name__} would mix tokens of different sequences. "
                 "Build every mixer with op=PackedAttention(...)."
             )
-    packed, lengths = pack(tokens, key_mask)
+    kept = key_mask.flip(1).cumsum(dim=1).flip(1) > 0  # up to the last real token
+    packed, lengths = pack(tokens, kept)
+    real = key_mask[kept]
     places = torch.arange(key_mask.shape[1], device=key_mask.device).expand_as(key_mask)
     with ExitStack() as stack:
         for op in ops:
             stack.enter_context(op.packed(lengths))
-        y = model(packed, positions=pack(places, key_mask)[0])
-    return unpack(y, key_mask)
+        y = model(packed, key_mask=None if bool(real.all()) else real[None], positions=pack(places, kept)[0])
+    return unpack(y[:, real], key_mask)
 
 
 def _by_length(lengths: Tensor) -> Iterator[Tensor]:

@@ -1,15 +1,18 @@
 """A key/value cache in pages that are taken from a shared pool as a text grows, and given back."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Self
+from functools import partial
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import token_positions
+from transformer_problems.solutions.attention.cache_rules import check_appended
 
 
 class _Block:
@@ -22,6 +25,8 @@ class _Block:
 
 class PagePool:
     """Memory for the keys and values of any number of sequences and layers, reserved once.
+
+    A copy is another pool of this size, all of it free: caches stay with the pool that they were filled from.
 
     Args:
         num_pages: Capacity.
@@ -52,6 +57,11 @@ class PagePool:
         self.keys = torch.zeros(num_pages, num_kv_heads, page_size, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self._free = list(range(num_pages))[::-1]
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[()]]:
+        num_pages, num_kv_heads, page_size, head_dim = self.keys.shape
+        sizes = {"page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        return partial(type(self), num_pages, **sizes, device=self.keys.device, dtype=self.keys.dtype), ()
 
     @property
     def num_free(self) -> int:
@@ -86,6 +96,8 @@ class PagedKVCache:
     pages; the page that they part in is copied. Rows of one batch have one length; sequences of different lengths
     take a cache each, from the same pool. For decoding under torch.no_grad(): pages are written in place.
 
+    A copy, deep or not, is the cache itself, which never changes under its holder. It cannot be pickled.
+
     Args:
         pool: Where pages come from; shared by layers and sequences.
 
@@ -93,7 +105,8 @@ class PagedKVCache:
         keys, values: [B, G, M, D], gathered into one tensor for the moment; positions: [M].
 
     Raises:
-        ArgumentError: If the pool has no room, keys or values do not fit it, or they need gradients.
+        ArgumentError: If batch_size is negative, the pool has no room, keys or values do not fit it or need gradients,
+            or the cache is to be pickled.
 
     Source:
         Kwon et al. 2023, arXiv:2309.06180, section 4.
@@ -113,7 +126,20 @@ class PagedKVCache:
 
     @classmethod
     def empty(cls, batch_size: int, *, pool: PagePool) -> Self:
+        require_not_negative(batch_size=batch_size)
         return cls(batch_size, pool)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError(
+            "a PagedKVCache cannot be pickled: its pages stay with their pool. Where it is needed, append its keys and "
+            "values to an empty cache."
+        )
 
     def __len__(self) -> int:
         return self.num_seen
@@ -151,7 +177,9 @@ class PagedKVCache:
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens. k, v: [B, G, n, D]."""
-        self._check(k, v)
+        check_appended(k, v, self.batch_size, self.pool.keys)
+        if k.requires_grad or v.requires_grad:
+            raise ArgumentError("k and v must not need gradients, for pages are shared. Decode under torch.no_grad().")
         size, end = self.pool.page_size, self.num_seen + k.shape[2]
         full, used = divmod(self.num_seen, size)
         parts = used > 0 and self._blocks[-1].filled != used  # another cache went on in the last page
@@ -171,25 +199,9 @@ class PagedKVCache:
 
     def _table(self) -> Tensor:
         """The pages of each row, [B, P]."""
-        return torch.tensor([block.pages for block in self._blocks], device=self.pool.keys.device).T
+        pages = torch.tensor([block.pages for block in self._blocks], dtype=torch.long, device=self.pool.keys.device)
+        return pages.view(len(self._blocks), self.batch_size).T
 
     def _gathered(self, storage: Tensor) -> Tensor:
         """The tokens held, [B, G, M, D]."""
         return storage[self._table()].transpose(1, 2).flatten(2, 3)[:, :, : self.num_seen]
-
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        pages, (_, num_kv_heads, _, head_dim) = self.pool.keys, self.pool.keys.shape
-        sizes = (self.batch_size, num_kv_heads, head_dim)
-        if k.dim() != 4 or v.shape != k.shape or (*k.shape[:2], k.shape[3]) != sizes:
-            raise ArgumentError(
-                f"k and v must both be [{self.batch_size}, {num_kv_heads}, n, {head_dim}] for this pool; got "
-                f"{list(k.shape)} and {list(v.shape)}. Make the PagePool with the layer's num_kv_heads and head_dim."
-            )
-        for name, x in (("k", k), ("v", v)):
-            if x.dtype != pages.dtype or x.device != pages.device:
-                raise ArgumentError(
-                    f"{name} must be {pages.dtype} on {pages.device} as the pool is; got {x.dtype} on {x.device}. "
-                    "Make the PagePool with the layer's dtype and device."
-                )
-        if k.requires_grad or v.requires_grad:
-            raise ArgumentError("k and v must not need gradients, for pages are shared. Decode under torch.no_grad().")

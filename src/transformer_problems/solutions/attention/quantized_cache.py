@@ -8,8 +8,8 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import token_positions
+from transformer_problems.solutions.attention.cache_rules import check_appended, require_held
 
 Bits = Literal[8, 4]
 
@@ -110,8 +110,8 @@ class QuantizedKVCache:
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):
             raise ArgumentError(f"bits must be 8 or 4; got {self.bits}. Choose 8 for nearly exact attention.")
-        require_positive_int(batch_size=self.batch_size, group_size=self.group_size)
-        require_not_negative(num_recent=self.num_recent)
+        require_positive_int(group_size=self.group_size)
+        require_not_negative(batch_size=self.batch_size, num_recent=self.num_recent)
 
     @classmethod
     def empty(cls, batch_size: int, *, bits: Bits = 8, group_size: int = 32, num_recent: int = 32) -> Self:
@@ -154,8 +154,7 @@ class QuantizedKVCache:
 
     def append(self, k: Tensor, v: Tensor) -> Self:
         """The cache with n more tokens, not rounded yet. k, v: [B, G, n, D]."""
-        check_same_batch(k, self.batch_size)
-        self._check_continues(k, v)
+        check_appended(k, v, self.batch_size, None if self._recent is None else self._recent[0])
         if k.requires_grad or v.requires_grad:
             raise ArgumentError("k and v must not need gradients, which rounding cuts. Use torch.no_grad().")
         if self.bits == 4 and k.shape[-1] % 2:
@@ -180,28 +179,9 @@ class QuantizedKVCache:
         recent = self._recent[0][:, :, num:].clone(), self._recent[1][:, :, num:].clone()  # lets the rest go
         return replace(self, _rounded=(keys, values), _recent=recent)
 
-    def _check_continues(self, k: Tensor, v: Tensor) -> None:
-        """Refuse keys and values that differ in shape, or that cannot be joined with those held."""
-        if k.dim() != 4 or v.shape != k.shape:
-            raise ArgumentError(
-                f"k and v must both be [B, G, n, D]; got {list(k.shape)} and {list(v.shape)}. "
-                "Project them to the same number and width of heads."
-            )
-        for name, x, held in zip("kv", (k, v), self._recent or (k, v), strict=True):
-            if (x.shape[1], x.shape[3], x.dtype, x.device) != (held.shape[1], held.shape[3], held.dtype, held.device):
-                raise ArgumentError(
-                    f"{name} must continue the {_described(held)} held; got {_described(x)}. "
-                    "Begin another layer or dtype with an empty cache."
-                )
-
     @property
     def _held(self) -> tuple[Tensor, Tensor]:
-        assert self._recent is not None, "an empty cache holds no tensors"
-        return self._recent
-
-
-def _described(x: Tensor) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}"
+        return require_held(self._recent)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.fit import check_attention_fit, check_start
-from transformer_problems.core.heads import bias_of, mask_of_keys, merge_heads, rotate, split_heads
+from transformer_problems.core.fit import check_attention_fit, check_cache_fit, check_start
+from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import (
     AttentionOp,
     CacheFactory,
@@ -84,8 +84,7 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        self._check_input(x)
-        mask = mask_of_keys(key_mask, x)
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x
         if positions is None:
@@ -97,7 +96,7 @@ class SelfAttention(nn.Module):
             k_rotated,
             v,
             bias=bias_of(self.position, q, positions, positions),
-            mask=mask,
+            mask=mask_of_keys(key_mask),
             is_causal=self.is_causal,
         )
         out: Tensor = self.out_proj(merge_heads(y))
@@ -109,14 +108,16 @@ class SelfAttention(nn.Module):
         if streams_itself(self.op):
             return self.op.initial_state(batch_size)
         if self.cache is not None:
-            return self.cache(batch_size)
+            cache = self.cache(batch_size)
+            check_cache_fit(self.op, cache)
+            return cache
         return KVCache.empty(
             batch_size, lookback=getattr(self.op, "lookback", None), num_sinks=getattr(self.op, "num_sinks", 0)
         )
 
     def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
-        self._check_input(x)
+        check_input(x, embed_dim=self.embed_dim)
         if state is None:
             raise ArgumentError("state must come from initial_state or an earlier stream; got None.")
         if x.shape[1] == 0:
@@ -136,10 +137,6 @@ class SelfAttention(nn.Module):
     def extra_repr(self) -> str:
         kv = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
         return f"num_heads={self.num_heads}{kv}, is_causal={self.is_causal}"
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-            raise ArgumentError(f"x must be [B, N, {self.embed_dim}]; got {list(x.shape)}.")
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""

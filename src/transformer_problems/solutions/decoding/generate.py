@@ -1,6 +1,6 @@
 """Autoregressive decoding: one token for each pass of the model, with or without a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
+
+_COLDEST = torch.finfo(torch.float32).tiny  # the inverse of a lower temperature is no number of float32
 
 
 @runtime_checkable
@@ -41,7 +43,7 @@ class TokenSampler:
     """Draws tokens from logits.
 
     Args:
-        temperature: Divides the logits; 0 takes the most probable token.
+        temperature: Divides the logits; 0 takes the most probable token, as do temperatures near it.
         generator: Source of the draws; needed unless the temperature is 0.
 
     Raises:
@@ -65,7 +67,8 @@ class TokenSampler:
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (wide / self.temperature).softmax(dim=-1)
+        wide = wide - wide.amax(dim=-1, keepdim=True)  # before the division, which would overflow to +inf
+        return (wide / max(self.temperature, _COLDEST)).softmax(dim=-1)
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """One token for each row, [B, V] -> [B]; rows need not sum to one."""
@@ -142,38 +145,43 @@ def generate(
 def check_prompt(prompt: Tensor, max_new_tokens: int) -> None:
     """Refuse prompts and lengths that no decoder can start from."""
     require_positive_int(max_new_tokens=max_new_tokens)
-    if prompt.dtype not in (torch.int32, torch.int64):
+    check_texts(prompt, "prompt")
+
+
+def check_texts(tokens: Tensor, name: str) -> None:
+    """Refuse what is no batch of texts of at least one token."""
+    if tokens.dtype not in (torch.int32, torch.int64):
         raise ArgumentError(
-            f"prompt must hold tokens as torch.int64 or torch.int32; got {prompt.dtype}. Pass prompt.long()."
+            f"{name} must hold tokens as torch.int64 or torch.int32; got {tokens.dtype}. Pass {name}.long()."
         )
-    if prompt.dim() != 2:
-        raise ArgumentError(f"prompt must be [B, N]; got {list(prompt.shape)}. Pass one text as prompt[None].")
-    if prompt.numel() == 0:
+    if tokens.dim() != 2:
+        raise ArgumentError(f"{name} must be [B, N]; got {list(tokens.shape)}. Pass one text as {name}[None].")
+    if tokens.numel() == 0:
         raise ArgumentError(
-            f"prompt must be [B, N] with at least one token in each row; got {list(prompt.shape)}. "
+            f"{name} must be [B, N] with at least one token in each row; got {list(tokens.shape)}. "
             "Begin every text with a start token."
         )
-    if int(prompt.min()) < 0:
+    if int(tokens.min()) < 0:
         raise ArgumentError(
-            f"prompt must hold tokens from 0 on; got {int(prompt.min())}. Cut padding off: decode texts of one length "
+            f"{name} must hold tokens from 0 on; got {int(tokens.min())}. Cut padding off: decode texts of one length "
             "together."
         )
 
 
 @contextmanager
-def tokens_known(model: LanguageModel, prompt: Tensor) -> Iterator[None]:
-    """Name the prompt where a pass inside fails because the model's vocabulary lacks one of its tokens.
+def tokens_known(model: Callable[[Tensor], Tensor], tokens: Tensor, name: str = "prompt") -> Iterator[None]:
+    """Name the text where a pass inside fails because the model's vocabulary lacks one of its tokens.
 
     The vocabulary is asked for only then, for that takes a pass.
     """
     try:
         yield
     except IndexError as error:
-        vocab_size, largest = model(prompt.new_zeros(1, 1)).shape[-1], int(prompt.max())
+        vocab_size, largest = model(tokens.new_zeros(1, 1)).shape[-1], int(tokens.max())
         if largest < vocab_size:
             raise
         raise ArgumentError(
-            f"prompt must hold tokens from 0 to {vocab_size - 1}, the model's vocabulary; got {largest}. "
+            f"{name} must hold tokens from 0 to {vocab_size - 1}, the model's vocabulary; got {largest}. "
             "Encode the text with the model's own tokenizer."
         ) from error
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.solutions.decoding.generate import Generation, check_logits
+from transformer_problems.solutions.decoding.generate import Generation, check_logits, check_texts, tokens_known
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def mask_predict(
         template: [B, N] int; tokens: [B, N].
 
     Raises:
-        ArgumentError: If no place is masked, `num_passes` is not positive, or the model's logits are not numbers.
+        ArgumentError: If the template holds no tokens of the model's, no place is masked, `num_passes` is not positive,
+            or the model's logits are not numbers, V of them for each token.
 
     Source:
         Ghazvininejad et al. 2019, arXiv:1904.09324, section 3.
@@ -38,6 +39,7 @@ def mask_predict(
         may be one sequence.
     """
     require_positive_int(num_passes=num_passes)
+    check_texts(template, "template")
     open_places = template == mask_token
     if not bool(open_places.any()):
         raise ArgumentError(
@@ -48,11 +50,17 @@ def mask_predict(
     tokens, certainty = template, torch.full(template.shape, float("inf"), device=template.device)
     hidden, done = open_places, 0
     while done < num_passes and bool(hidden.any()):
-        logits = model(tokens.masked_fill(hidden, mask_token))
+        with tokens_known(model, template, "template"):
+            logits = model(tokens.masked_fill(hidden, mask_token))
         done += 1
+        if logits.shape[:-1] != template.shape:
+            raise ArgumentError(
+                f"model must give logits [{len(template)}, {template.shape[1]}, V]; got {list(logits.shape)}. "
+                "Use one with a head on every token, such as Encoder."
+            )
         check_logits(logits, f"pass {done}")
         probabilities = logits.float().softmax(dim=-1)
-        probabilities[..., mask_token] = -1.0  # below every other
+        probabilities[..., mask_token : mask_token + 1] = -1.0  # below every other; a head may know no mask
         best, found = probabilities.max(dim=-1)
         tokens, certainty = torch.where(hidden, found, tokens), torch.where(hidden, best, certainty)
         rank = certainty.argsort(dim=1, stable=True).argsort(dim=1)

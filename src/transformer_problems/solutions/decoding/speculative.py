@@ -31,7 +31,7 @@ class SpeculativeGeneration:
         tokens: The prompt and the new tokens, [B, N + n].
         num_passes: Forward passes of the target, the prompt's included.
         num_draft_passes: Forward passes of a draft model; 0 for other drafts.
-        num_drafted: Tokens proposed, over all rows.
+        num_drafted: Tokens proposed, over all rows that had not stopped.
         num_tested: Of those, the ones that stood before or at the first rejection of their row.
         num_accepted: Of those, the ones that passed.
     """
@@ -101,6 +101,7 @@ def speculative_decode(
     num_draft_tokens: int = 4,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    stop_token: int | None = None,
 ) -> SpeculativeGeneration:
     """Continue a prompt with the target's distribution, several tokens for each of its passes.
 
@@ -118,9 +119,10 @@ def speculative_decode(
         num_draft_tokens: g, tokens proposed for each pass of the target.
         temperature: Divides the logits of both; 0 takes the most probable token.
         generator: Source of the draws; needed unless the temperature is 0.
+        stop_token: Ends a row; rows that ended early are filled up with it. Default none.
 
     Shape:
-        prompt: [B, N] int; tokens: [B, N + max_new_tokens].
+        prompt: [B, N] int; tokens: [B, N + n], n = max_new_tokens or less where every row stopped.
 
     Raises:
         ArgumentError: If the prompt is empty or holds no tokens of the target's, a number is out of range, the
@@ -139,21 +141,23 @@ def speculative_decode(
     check_logits(logits[:, -1], "the prompt")
     _check_gives_back(state)
     drafter = _Drafter(draft, sampler, prompt, vocab_size=logits.shape[-1])
-    tokens = _joined(prompt, sampler.draw(sampler.probabilities(logits[:, -1])))
+    text = _joined(prompt, sampler.draw(sampler.probabilities(logits[:, -1])))
+    tokens, writing = _until(stop_token, text, prompt.shape[1])
     end, num_passes, drafted, tested, accepted = prompt.shape[1] + max_new_tokens, 1, 0, 0, 0
-    while tokens.shape[1] < end:
+    while tokens.shape[1] < end and bool(writing.any()):
         proposed, q = drafter.propose(tokens, min(num_draft_tokens, end - tokens.shape[1] - 1))
         logits, state = target.stream(torch.cat([tokens[:, -1:], proposed], dim=1), state)
         num_passes += 1
         check_logits(logits, f"pass {num_passes}")
-        runs, following = _verified(sampler, sampler.probabilities(logits), q, proposed)
+        runs, following = _verified(sampler, sampler.probabilities(logits), q, proposed, writing)
         taken = int(runs.min())
-        tokens = _joined(torch.cat([tokens, proposed[:, :taken]], dim=1), following)
+        text = _joined(torch.cat([tokens, proposed[:, :taken]], dim=1), following)
         if taken < proposed.shape[1]:
-            state = _rewound(state, tokens.shape[1] - 1)
-        drafted += proposed.numel()
-        tested += int((runs + 1).clamp(max=proposed.shape[1]).sum())
-        accepted += int(runs.sum())
+            state = _rewound(state, text.shape[1] - 1)
+        drafted += proposed[writing].numel()
+        tested += int((runs[writing] + 1).clamp(max=proposed.shape[1]).sum())
+        accepted += int(runs[writing].sum())
+        tokens, writing = _until(stop_token, text, prompt.shape[1])
     return SpeculativeGeneration(tokens, num_passes, drafter.num_passes, drafted, tested, accepted)
 
 
@@ -246,16 +250,18 @@ class _Drafter:
             )
 
 
-def _verified(sampler: TokenSampler, p: Tensor, q: Tensor, proposed: Tensor) -> tuple[Tensor, Tensor]:
+def _verified(sampler: TokenSampler, p: Tensor, q: Tensor, proposed: Tensor, writing: Tensor) -> tuple[Tensor, Tensor]:
     """How many tokens of each row pass, [B], and the token of each row after the shortest of these runs, [B].
 
+    In rows that stopped writing all pass, so that no other row waits for them.
+
     Shape:
-        p: [B, g + 1, V]; q: [B, g, V]; proposed: [B, g].
+        p: [B, g + 1, V]; q: [B, g, V]; proposed: [B, g]; writing: [B].
     """
     num_drafted = proposed.shape[1]
     chosen = proposed[..., None]
     p_chosen, q_chosen = p[:, :num_drafted].gather(2, chosen)[..., 0], q.gather(2, chosen)[..., 0]
-    passed = sampler.uniform(p_chosen) * q_chosen < p_chosen  # u < p / q
+    passed = (sampler.uniform(p_chosen) * q_chosen < p_chosen) | ~writing[:, None]  # u < p / q
     runs = passed.long().cumprod(dim=1).sum(dim=1)
     taken = int(runs.min())
     if taken == num_drafted:
@@ -265,6 +271,17 @@ def _verified(sampler: TokenSampler, p: Tensor, q: Tensor, proposed: Tensor) -> 
     from_residual = rejected & (residual.sum(dim=1) > 0)  # nothing is left where p and q differ by rounding alone
     corrected = sampler.draw(torch.where(from_residual[:, None], residual, p[:, taken]))
     return runs, torch.where(rejected, corrected, proposed[:, taken])
+
+
+def _until(stop_token: int | None, tokens: Tensor, num_given: int) -> tuple[Tensor, Tensor]:
+    """Rows filled up from their first stop token on, as long as the longest, and which of them still write, [B]."""
+    if stop_token is None:
+        return tokens, torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    given, new = tokens[:, :num_given], tokens[:, num_given:]
+    stops = (new == stop_token).long()
+    after = stops.cumsum(dim=1) > stops  # a stop stands before it
+    longest = int((~after).sum(dim=1).max())
+    return torch.cat([given, new.masked_fill(after, stop_token)[:, :longest]], dim=1), ~stops.any(dim=1)
 
 
 def _layers(state: Any) -> tuple[Any, ...]:

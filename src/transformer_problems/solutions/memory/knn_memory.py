@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
-from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 
@@ -80,6 +80,7 @@ class KNNMemoryAttention(nn.Module):
     """
 
     is_causal = True
+    chooses_keys = True
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class KNNMemoryAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=True)
         self.segment_len, self.memory_len, self.num_neighbors = segment_len, memory_len, num_neighbors
+        self.gradient_segment = segment_len
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
@@ -113,6 +115,7 @@ class KNNMemoryAttention(nn.Module):
         self._over_neighbors = DenseAttention()
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x
         if positions is None:
@@ -140,6 +143,7 @@ class KNNMemoryAttention(nn.Module):
 
     def stream(self, x: Tensor, state: NeighborMemory) -> tuple[Tensor, NeighborMemory]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         check_same_batch(x, len(state.own[0]))
         if x.shape[1] == 0:
             return x, state
@@ -184,8 +188,7 @@ class KNNMemoryAttention(nn.Module):
         q_positions = positions[..., k.shape[2] - q.shape[2] :]
         bias = bias_of(self.position, q, q_positions, positions)
         q, k = rotate(self.position, q, k, q_positions, positions)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return self.op(q, k, v, bias=bias, mask=mask, is_causal=True)
+        return self.op(q, k, v, bias=bias, mask=mask_of_keys(key_mask), is_causal=True)
 
     def _with_memory(self, local: Tensor, q: Tensor, stored: Pairs, key_mask: Tensor | None) -> Tensor:
         """The segment's own attention mixed with that to each query's nearest stored keys."""

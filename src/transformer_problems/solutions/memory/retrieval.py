@@ -5,6 +5,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -101,7 +102,7 @@ class VectorIndex:
     """
 
     def __init__(self, embed: Embed) -> None:
-        self._faiss = require("faiss", extra="retrieval")
+        _faiss()  # if it is missing, that is said here
         self._embed = embed
         self._passages: list[str] = []
         self._vectors: Any = None  # a faiss index
@@ -147,17 +148,23 @@ class VectorIndex:
 
     def _store(self, passages: Sequence[str], vectors: NDArray[np.float32]) -> None:
         if self._vectors is None:
-            self._vectors = self._faiss.IndexFlatIP(vectors.shape[1])
+            self._vectors = _faiss().IndexFlatIP(vectors.shape[1])
         self._vectors.add(vectors)
         self._passages.extend(passages)
 
     def _unit_vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         vectors = np.array(self._embed(list(texts)), dtype=np.float64)
         dim = vectors.shape[-1] if self._vectors is None and vectors.ndim == 2 else getattr(self._vectors, "d", 0)
-        if vectors.shape != (len(texts), dim) or dim == 0 or not np.isfinite(vectors).all():
+        if vectors.shape != (len(texts), dim) or dim == 0:
             raise ArgumentError(
-                f"embed must return finite numbers of shape [{len(texts)}, {dim or 'd'}] for {len(texts)} texts; got "
+                f"embed must return numbers of shape [{len(texts)}, {dim or 'd'}] for {len(texts)} texts; got "
                 f"shape {list(vectors.shape)}. Use one embedder for all passages and queries."
+            )
+        broken = ~np.isfinite(vectors).all(axis=1)
+        if broken.any():
+            raise ArgumentError(
+                f"embed must return finite numbers; got NaN or infinity for {broken.sum()} of {len(texts)} texts, the "
+                f"first {texts[int(broken.argmax())][:40]!r}. Leave out what the embedder cannot embed."
             )
         for order in (np.inf, 2):  # by the largest feature first, so that no square is too large or too small
             lengths = np.linalg.norm(vectors, order, axis=1, keepdims=True)
@@ -191,7 +198,7 @@ class BM25Index:
     """
 
     def __init__(self, tokenize: Tokenize = words, *, k1: float = 1.5, b: float = 0.75) -> None:
-        self._bm25s = require("bm25s", extra="retrieval")
+        _bm25s()  # if it is missing, that is said here
         require_positive(k1=k1)
         if not 0 <= b <= 1:
             raise ArgumentError(f"b must be from 0 to 1; got {b}. Choose 0.75.")
@@ -205,11 +212,13 @@ class BM25Index:
     def add(self, passages: Sequence[str]) -> None:
         """Store more passages and index all of them."""
         _require_strings(passages)
-        self._passages.extend(passages)
-        corpus = [self._tokenize(passage) for passage in self._passages]
+        longer = [*self._passages, *passages]
+        corpus = [self._tokenize(passage) for passage in longer]
+        scorer = None
         if any(corpus):
-            self._scorer = self._bm25s.BM25(k1=self._k1, b=self._b, method="lucene")
-            self._scorer.index(corpus, show_progress=False)
+            scorer = _bm25s().BM25(k1=self._k1, b=self._b, method="lucene")
+            scorer.index(corpus, show_progress=False)
+        self._passages, self._scorer = longer, scorer
 
     def search(self, query: str, k: int) -> list[Hit]:
         require_positive_int(k=k)
@@ -232,6 +241,14 @@ class BM25Index:
         index = cls(tokenize, k1=k1, b=b)
         index.add(passages)
         return index
+
+
+def _faiss() -> ModuleType:
+    return require("faiss", extra="retrieval")
+
+
+def _bm25s() -> ModuleType:
+    return require("bm25s", extra="retrieval")
 
 
 def _require_strings(passages: Sequence[str]) -> None:

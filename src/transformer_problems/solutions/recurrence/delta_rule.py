@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_same_batch, check_start
+from transformer_problems.core.heads import check_input, merge_heads, split_heads
 
 # Forms of `delta_rule` that give the same numbers: one step after another, or whole chunks by matrix products.
 Form = Literal["chunked", "recurrent"]
@@ -25,10 +26,12 @@ class DeltaState:
     Args:
         memory: [B, H, D, D], float32 or wider.
         recent: Queries, keys and values before convolution, of the last conv_size - 1 tokens, [B, conv_size - 1, 3C].
+        num_seen: Tokens seen since the beginning.
     """
 
     memory: Tensor
     recent: Tensor
+    num_seen: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -38,7 +41,7 @@ class DeltaState:
         return {"memory": self.memory, "recent": self.recent}
 
     def detach(self) -> Self:
-        return type(self)(self.memory.detach(), self.recent.detach())
+        return type(self)(self.memory.detach(), self.recent.detach(), self.num_seen)
 
 
 class DeltaRule(nn.Module):
@@ -99,6 +102,7 @@ class DeltaRule(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         return self._mix(x, self.initial_state(len(x)), key_mask, "chunked")[0]
 
     def initial_state(self, batch_size: int) -> DeltaState:
@@ -114,6 +118,7 @@ class DeltaRule(nn.Module):
 
     def stream(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         check_same_batch(x, len(state.memory))
         return self._mix(x, state, None, "recurrent" if x.shape[1] == 1 else "chunked")
 
@@ -134,7 +139,7 @@ class DeltaRule(nn.Module):
             gate = None if gate is None else gate.masked_fill(ignored, 0.0)
         context = torch.cat([state.recent, projected], dim=1)
         mixed = F.silu(self.conv(context.mT).mT)
-        q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1).transpose(1, 2) for y in mixed.chunk(3, dim=-1))
+        q, k, v = (split_heads(y, self.num_heads) for y in mixed.chunk(3, dim=-1))
         y, memory = delta_rule(
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
@@ -145,8 +150,8 @@ class DeltaRule(nn.Module):
             chunk_size=self.chunk_size,
             form=form,
         )
-        out: Tensor = self.out_proj(self.norm(y).transpose(1, 2).flatten(-2))
-        return out, DeltaState(memory, context[:, x.shape[1] :].clone())
+        out: Tensor = self.out_proj(merge_heads(self.norm(y)))
+        return out, DeltaState(memory, context[:, x.shape[1] :].clone(), state.num_seen + x.shape[1])
 
 
 def delta_rule(
@@ -226,7 +231,7 @@ def _chunked(
     def chunks(x: Tensor) -> Tensor:
         """[..., N, D] as [X, T, size, D], with all leading dimensions in X."""
         x = F.pad(x, (0, 0, 0, missing)) if missing else x
-        return x.reshape(lead.numel(), -1, size, x.shape[-1])
+        return x.reshape(lead.numel(), x.shape[-2] // size, size, x.shape[-1])
 
     q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta.unsqueeze(-1))
     k_beta = k * beta

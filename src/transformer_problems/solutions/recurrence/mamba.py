@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.fit import check_same_batch, check_start
+from transformer_problems.core.heads import check_input
 from transformer_problems.solutions.recurrence.selective_scan import Backend, selective_scan
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-3, 1e-1  # of the untrained layer, section 3.6 of the paper
@@ -116,6 +117,7 @@ class Mamba(nn.Module):
             self.dt_proj.bias.copy_(step.expm1().log())  # the inverse of softplus
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         y, _ = self._run(x, self.initial_state(len(x)), key_mask)
         return y
 
@@ -128,6 +130,7 @@ class Mamba(nn.Module):
 
     def stream(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         check_same_batch(x, len(state.ssm))
         return self._run(x, state, None)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_not_negative, require_positive_int
 from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
-from transformer_problems.core.heads import bias_of, merge_heads, rotate, split_heads
+from transformer_problems.core.heads import bias_of, check_input, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
 from transformer_problems.solutions.attention.dense import DenseAttention
 
@@ -111,6 +111,7 @@ class MemoryBankAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         num_tokens = x.shape[1]
         if num_tokens == 0:
             return x
@@ -163,6 +164,7 @@ class MemoryBankAttention(nn.Module):
 
     def stream(self, x: Tensor, state: MemoryBank) -> tuple[Tensor, MemoryBank]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         check_same_batch(x, len(state.tokens[0]))
         if x.shape[1] == 0:
             return x, state

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.heads import check_input
 from transformer_problems.core.slots import State, StreamingMixer, TokenMixer
 from transformer_problems.solutions.tokens.convolution_module import (
     ConvolutionModule,
@@ -95,6 +96,7 @@ class ConformerBlock(nn.Module):
         self.final_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         x = self.first_half(x)
         x = x + self.mixer(self.mixer_norm(x), key_mask=key_mask, positions=positions)
         x = x + self.convolution(self.convolution_norm(x), key_mask=key_mask)
@@ -108,6 +110,7 @@ class ConformerBlock(nn.Module):
 
     def stream(self, x: Tensor, state: ConformerState) -> tuple[Tensor, ConformerState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
+        check_input(x, embed_dim=self.embed_dim)
         x = self.first_half(x)
         mixed, mixer_state = cast("StreamingMixer", self.mixer).stream(self.mixer_norm(x), state.mixer)
         x = x + mixed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.fit import check_same_batch, check_start
-from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.heads import check_input
 
 ConvolutionNorm = Literal["batch", "layer"]
 
@@ -96,8 +96,7 @@ class ConvolutionModule(nn.Module):
         self.pointwise_out = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        self._check_input(x)
-        check_key_mask(key_mask, x)
+        check_input(x, key_mask, embed_dim=self.embed_dim)
         if x.shape[1] == 0:
             return x
         frames = F.glu(self.pointwise_in(x), dim=-1)
@@ -114,7 +113,7 @@ class ConvolutionModule(nn.Module):
 
     def stream(self, x: Tensor, state: ConvolutionState) -> tuple[Tensor, ConvolutionState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
-        self._check_input(x)
+        check_input(x, embed_dim=self.embed_dim)
         check_same_batch(x, len(state.frames))
         if self.training and isinstance(self.norm, nn.BatchNorm1d):
             raise ArgumentError(
@@ -154,7 +153,3 @@ class ConvolutionModule(nn.Module):
         if key_mask is None:
             return y.view(frames.shape)
         return torch.zeros_like(frames).masked_scatter(key_mask[..., None], y)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-            raise ArgumentError(f"x must be [B, N, {self.embed_dim}]; got {list(x.shape)}.")

@@ -56,9 +56,10 @@ class LearnedTokenPruning(nn.Module):
 
     In training nothing leaves; a token weighs sigmoid((received - threshold) / temperature) of what it weighed
     before, which `WatchedAttention` in later layers honours, and a token of weight near zero is as good as gone. Add
-    `pruning_penalty` to the loss, or nothing pushes the threshold up. In evaluation, and after `harden`, tokens
-    below the threshold leave. Received attention is about 1/N, so the threshold should start below that. No attention
-    comes after the last layer, so there only the penalty would move a threshold: leave that layer out.
+    `pruning_penalty` to the loss, or nothing pushes the threshold up. In evaluation, and after `harden`, which the
+    state dict tells, tokens below the threshold leave. Received attention is about 1/N, so the threshold should start
+    below that. No attention comes after the last layer, so there only the penalty would move a threshold: leave that
+    layer out.
 
     Args:
         threshold: Where the threshold starts.
@@ -93,6 +94,14 @@ class LearnedTokenPruning(nn.Module):
         """From now on prune in training too, at the threshold as it stands: the paper's second stage."""
         self.is_hard = True
         self.threshold.requires_grad_(False)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.is_hard)  # a tensor, which every file of weights can hold
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if bool(state) != self.is_hard:
+            self.is_hard = bool(state)
+            self.threshold.requires_grad_(not self.is_hard)
 
     def forward(self, tokens: Tokens, attended: Attended) -> Tokens:
         real = tokens.real

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +36,7 @@ def checkpoint_layers(model: nn.Module, *, every: int | Literal["sqrt"] = "sqrt"
 
     Raises:
         ArgumentError: If `every` is not a positive number or "sqrt", or the model has no blocks.
-        CombinationError: In a forward pass, if the model does something between its blocks.
+        CombinationError: In a forward pass, if the model does something between its blocks; in a stream with gradients.
 
     Source:
         Chen et al. 2016, arXiv:1604.06174, section 4. Differs from the paper: segments are whole layers, and the
@@ -53,7 +56,12 @@ def checkpoint_layers(model: nn.Module, *, every: int | Literal["sqrt"] = "sqrt"
             f"model must have a ModuleList `blocks` of layers; {type(model).__name__} has none. "
             "Pass a Decoder or an Encoder."
         )
-    before: list[tuple[nn.Module, Any]] = []  # a block's own `forward`, None where it has its class's
+    before: list[tuple[nn.Module, str, Any]] = []  # a block's own `forward` or `stream`, None where it has its class's
+
+    def replace(block: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        before.append((block, name, vars(block).get(name)))
+        setattr(block, name, method)
+
     try:
         for blocks in stacks:
             size = max(1, round(math.sqrt(len(blocks)))) if every == "sqrt" else every
@@ -61,15 +69,16 @@ def checkpoint_layers(model: nn.Module, *, every: int | Literal["sqrt"] = "sqrt"
                 segment = blocks[start : start + size]
                 layers = _Segment([_own_forward(block) for block in segment])
                 for i, block in enumerate(segment):
-                    before.append((block, vars(block).get("forward")))
-                    block.forward = _Place(layers, i)
+                    replace(block, "forward", _Place(layers, i))
+                    if (own_stream := getattr(block, "stream", None)) is not None:
+                        replace(block, "stream", partial(_stream, own_stream))
         yield
     finally:
-        for block, forward in before:
-            if forward is None:
-                del block.forward
+        for block, name, method in reversed(before):
+            if method is None:
+                delattr(block, name)
             else:
-                block.forward = forward
+                setattr(block, name, method)
 
 
 class _Segment:
@@ -80,7 +89,10 @@ class _Segment:
         self.passed: tuple[Tensor, dict[str, Any]] | None = None  # between the first layer's call and the last's
 
     def run(self, x: Tensor, **keywords: Any) -> Tensor:
-        y: Tensor = checkpoint(self._plain, x, use_reentrant=False, **keywords)
+        # Recomputing comes later, on any thread, and must see this run's context variables, such as packed lengths.
+        # A compiler, which knows no contexts, traces it now.
+        called = (self._plain,) if torch.compiler.is_compiling() else (copy_context().run, self._plain)
+        y: Tensor = checkpoint(*called, x, use_reentrant=False, **keywords)
         return y
 
     def _plain(self, x: Tensor, **keywords: Any) -> Tensor:
@@ -128,3 +140,12 @@ def _own_forward(block: nn.Module) -> Callable[..., Tensor]:
     """
     forward: Callable[..., Tensor] = block.forward
     return forward.own_forward if isinstance(forward, _Place) else forward
+
+
+def _stream(own_stream: Callable[..., Any], *arguments: Any) -> Any:
+    if torch.is_grad_enabled():
+        raise CombinationError(
+            "checkpoint_layers recomputes whole passes; got a stream with gradients, which it would leave as it is. "
+            "Call the model itself, or stream inside torch.no_grad()."
+        )
+    return own_stream(*arguments)

@@ -37,7 +37,8 @@ def distillation_loss(
         student_logits, teacher_logits: [..., V]; targets: [...] int; output: a scalar, the mean over targets.
 
     Raises:
-        ArgumentError: If the shapes differ, a number is out of range, or there is no target.
+        ArgumentError: If the shapes differ, targets are no torch.int64 answers, a number is out of range, or there is
+            no target.
 
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2.
@@ -51,6 +52,11 @@ def distillation_loss(
         raise ArgumentError(
             f"student and teacher must give logits of one shape; got {list(student_logits.shape)} and "
             f"{list(teacher_logits.shape)}. Choose a teacher with the student's vocabulary."
+        )
+    if targets.dtype != torch.int64 or targets.shape != student_logits.shape[:-1]:
+        raise ArgumentError(
+            f"targets must be torch.int64 {list(student_logits.shape[:-1])}, one answer for each row of logits; got "
+            f"{targets.dtype} {list(targets.shape)}. Give a teacher's soft answers as teacher_logits."
         )
     learned = targets != IGNORED
     if not bool(learned.any()):
@@ -87,15 +93,20 @@ def sequence_level_batch(
         stop_token: Ends a row; the first is learned, what follows it is not. Default none.
 
     Shape:
-        prompts: [B, N] int; inputs, targets: [B, N + n - 1], targets -100 where nothing is to be learned.
+        prompts: [B, N] int, N > 0; inputs, targets: [B, N + n - 1], targets -100 where nothing is to be learned.
 
     Raises:
-        ArgumentError: If `write` does not continue the prompts.
+        ArgumentError: If prompts are empty, or `write` does not continue them.
 
     Source:
         Kim and Rush 2016, arXiv:1606.07947, section 3.2.
         Differs from the paper: `write` decides how the teacher decodes; the paper uses beam search.
     """
+    if prompts.dim() != 2 or prompts.shape[1] == 0:
+        raise ArgumentError(
+            f"prompts must be [B, N] with at least one token in each row, to predict the next from; got "
+            f"{list(prompts.shape)}. Begin every text with a start token."
+        )
     texts, num_given = write(prompts), prompts.shape[1]
     if texts.shape[1] <= num_given or not torch.equal(texts[:, :num_given], prompts):
         raise ArgumentError(
