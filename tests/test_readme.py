@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ BLOCKS = [
     for page in PAGES
     for match in re.finditer(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 ]
-EXAMPLES = [(s.slug, s.example) for s in load_catalogue().solutions if s.example]
+EXAMPLES = {pair.example: pair.key for pair in load_catalogue().treatments if pair.example}
 
 
 @pytest.mark.parametrize("code", [code for _, code in BLOCKS], ids=[place for place, _ in BLOCKS])
@@ -22,9 +23,16 @@ def test_page_example(code: str) -> None:
     exec(code, {})
 
 
-@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[slug for slug, _ in EXAMPLES])
+@pytest.mark.parametrize("code", EXAMPLES, ids=EXAMPLES.values())
 def test_catalogue_example(code: str) -> None:
     exec(code, {})
+
+
+def test_the_example_of_retrieval_finds_the_passage_with_the_answer_first() -> None:
+    names: dict[str, Any] = {}
+    exec(load_catalogue().solution("rag").example, names)
+    assert len(names["passages"]) > 2
+    assert "48213" in names["prompt"].hits[0].passage
 
 
 def test_links_lead_somewhere() -> None:

@@ -79,6 +79,13 @@ def test_a_pair_takes_over_what_it_does_not_change() -> None:
     assert (pair.status, pair.verdict, pair.outcome) == ("planned", None, None)
 
 
+@pytest.mark.parametrize(("own", "shown"), [("", "boil()"), ('example = "steep()"', "steep()")])
+def test_a_pair_may_show_an_example_of_its_own(own: str, shown: str) -> None:
+    code = 'code = "solutions.kettle:Kettle"'
+    solution = changed(SOLUTION, code, f'{code}\nexample = "boil()"') + own
+    assert build(solution=solution).pairs(7)[0].example == shown
+
+
 def test_a_pair_changes_name_code_and_part_of_the_criterion() -> None:
     override = (
         'name = "Kettle"\ncode = ["a:B", "a.c:D"]\n[solution.treats.criterion]\nmetric = "energy_j"\nat = "last"\n'

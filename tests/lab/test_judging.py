@@ -57,6 +57,12 @@ def test_the_word_follows_the_whole_interval(interval, compare, better, word) ->
     assert verdict_word(Interval(*interval), criterion) == word
 
 
+def test_results_know_their_scale_and_what_fewer_seeds_measured() -> None:
+    results = Results([record("dense", 1.0, seed=s, metric="bits") for s in (0, 1)] + [record("dense", 2.0, x=4.0)])
+    assert results.scale == "quick"
+    assert results.with_fewer_seeds(("latency_s", "bits", "absent")) == {"latency_s": 1}
+
+
 def test_a_clear_ratio_helps() -> None:
     results = Results([*series("dense", [4.0, 4.4, 4.2]), *series("flash", [1.0, 1.1, 1.05])])
     verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, results, None)
@@ -70,11 +76,28 @@ def test_a_clear_ratio_helps() -> None:
     [("ratio", "a ratio between 0.909 and 1.1"), ("difference", "a difference between -0.1 and 0.1")],
 )
 def test_the_reason_tells_the_effect_and_what_counts_as_none(compare, nothing) -> None:
-    results = Results([*series("dense", [4.0, 4.0]), *series("flash", [1.0, 1.0])])
+    seeds = [record(arm, v, x=8.0, seed=s) for arm, v in (("dense", 4.0), ("flash", 1.0)) for s in (0, 1)]
     criterion = dataclasses.replace(CRITERION, compare=compare)
     effect = "0.25, 95% interval 0.25 to 0.25" if compare == "ratio" else "-3, 95% interval -3 to -3"
-    reason = judge(1, Arm("flash", "Flash"), "dense", criterion, results, None).reason
+    reason = judge(1, Arm("flash", "Flash"), "dense", criterion, Results(seeds), None).reason
     assert reason == f"latency_s {compare} {effect}; {nothing} counts as no effect"
+
+
+@pytest.mark.parametrize(
+    ("num_repeats", "spread"), [(1, "one value"), (2, "95% interval 0.25 to 0.25 over 2 repeats with one seed")]
+)
+def test_the_reason_tells_what_an_interval_of_one_seed_holds(num_repeats: int, spread: str) -> None:
+    results = Results([*series("dense", [4.0] * num_repeats), *series("flash", [1.0] * num_repeats)])
+    reason = judge(1, Arm("flash", "Flash"), "dense", CRITERION, results, None).reason
+    assert reason.startswith(f"latency_s ratio 0.25, {spread}; ")
+
+
+def test_a_quality_of_one_value_has_no_interval() -> None:
+    criterion = dataclasses.replace(CRITERION, quality="accuracy", quality_loss=0.02)
+    accuracy = [record(arm, value, metric="accuracy") for arm, value in (("dense", 0.9), ("flash", 0.8))]
+    results = Results([*series("dense", [4.0, 4.2]), *series("flash", [1.0, 1.1]), *accuracy])
+    reason = judge(1, Arm("flash", "Flash"), "dense", criterion, results, None).reason
+    assert "accuracy lost 0.1, one value, of which 0.02 is allowed" in reason
 
 
 @pytest.mark.parametrize(("changed", "word"), [(None, "helps"), (0.0, "helps"), (0.01, "hurts")])
@@ -176,3 +199,8 @@ def test_a_training_that_stopped_at_numbers_that_are_not_finite_diverged() -> No
     failure = "DivergedError: the loss is nan at step 3."
     verdict = judge(1, Arm("flash", "Flash"), "dense", CRITERION, results, failure)
     assert (verdict.word, verdict.reason) == ("diverged", failure)
+
+
+def test_a_ratio_of_nearly_nothing_is_told_without_its_digits() -> None:
+    effect = Effect("distance", "ratio", ("less distance", "more distance"))
+    assert describe_effect(effect, Interval(4.4e6, 3.0e6, 5.7e6), None) == "over 10,000x more distance"

@@ -144,6 +144,33 @@ def test_gains_and_costs_against_a_further_arm_name_it() -> None:
     assert alone["longformer"].gain == "4.0x less time at 8 tokens"
 
 
+class ToyWithNotes(Toy):
+    def notes(self, results: Results) -> tuple[str, ...]:
+        return (f"measured at {results.scale} scale",)
+
+
+def test_notes_of_the_experiment_stand_before_failed_cells() -> None:
+    failed = {Cell(1, "sparse", "quick", 0): "needs CUDA"}
+    summary = summarise(ToyWithNotes(), load_catalogue(), healthy(without=("sparse",)), failed, "quick", HERE)
+    assert summary.notes == ("measured at quick scale", "sparse, seed 0: needs CUDA")
+    assert summary_of(healthy()).notes == ()
+    assert summarise(ToyWithNotes(), load_catalogue(), [], {}, "quick", HERE).notes == ()
+
+
+def test_what_fewer_seeds_measured_is_told() -> None:
+    one_seed = [record for record in healthy() if record[0].seed == 0]
+    three_of_accuracy = [r for seed in range(3) for arm in TIMES for r in answers(arm, [0, 1], seed)]
+    summary = summary_of([*one_seed, *three_of_accuracy])
+    assert summary.num_seeds == 3
+    assert summary.fewer_seeds == (("latency_s", 1),)
+    (note,) = summary.notes
+    assert note.startswith("Measured with 1 of 3 seeds")
+    assert '"seconds"' in note
+    assert '"right"' not in note
+    one_each = summary_of([*one_seed, *(r for r in three_of_accuracy if r[0].seed == 0)])
+    assert (one_each.fewer_seeds, one_each.notes) == ((), ())
+
+
 def test_variants_that_disagree_are_counted_beside_the_leading_arm() -> None:
     rows = rows_of(summary_of(healthy()))
     assert rows["sparse"].gain.endswith("(1 of 2 variants helps)")

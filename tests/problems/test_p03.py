@@ -16,6 +16,7 @@ from transformer_problems.lab.model_cache import ModelCache
 from transformer_problems.lab.results import Results
 from transformer_problems.problems.p03_fixed_context_window import documents as told
 from transformer_problems.problems.p03_fixed_context_window import experiment as p03
+from transformer_problems.problems.p03_fixed_context_window.search import Search
 
 EXPERIMENT = p03.EXPERIMENT
 ARMS = [arm.slug for arm in EXPERIMENT.arms]
@@ -152,7 +153,7 @@ def test_spelling_is_reversible() -> None:
 @pytest.mark.parametrize("arm", BY_SEARCH)
 def test_a_search_brings_the_fact_into_the_window(arm: str) -> None:
     documents = _told(NUM_KEYS)
-    search = p03._Search(arm, [told.spelled(document) for document in documents.tokens.flatten(1).tolist()])
+    search = Search(arm, [told.spelled(document) for document in documents.tokens.flatten(1).tolist()])
     prompts = search.prompts(documents.questions)
     assert all(len(prompt) <= told.WINDOW for prompt in prompts)
     assert all(
@@ -170,7 +171,7 @@ def test_padding_in_front_of_a_prompt_changes_no_answer(monkeypatch: pytest.Monk
     torch.manual_seed(0)
     model = p03.build_model("window", 16).eval()
     documents = _told(64)
-    search = p03._Search("rag_bm25", [told.spelled(documents.tokens[0].flatten().tolist())])
+    search = Search("rag_bm25", [told.spelled(documents.tokens[0].flatten().tolist())])
 
     def prompts(questions: torch.Tensor) -> list[str]:
         """A passage before the first document's question alone."""
@@ -223,3 +224,21 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     finding = EXPERIMENT.finding(Results([(Cell(3, "window", "quick", 0), m) for m in measured["window"]]))
     assert "32 windows before" in finding
     assert "bits per byte" in finding
+
+
+def test_notes_tell_how_far_a_memory_reaches_and_what_was_recalled_there() -> None:
+    recalled = [(4.0, 0.99), (8.0, 0.07)]
+    records = [(Cell(3, "transformer_xl", "quick", 0), Measurement("recall", "1", v, x)) for x, v in recalled]
+    xl, knn, rag = EXPERIMENT.notes(Results(records))
+    assert "it recalls 99% from 4 windows and 7% from 8" in xl
+    assert "nothing ever leaves it" in knn
+    assert "one measurement" in rag
+    others = [(Cell(3, "window", "quick", 0), Measurement("recall", "1", 1.0, 4.0))]
+    assert "recalls" not in EXPERIMENT.notes(Results(others))[0]
+
+
+def test_the_external_memory_holds_what_a_full_cache_would(measured: dict[str, list[Measurement]]) -> None:
+    held = {m.x: m.value for m in measured["knn_memory"] if m.metric == "state_bytes"}
+    num_tokens = (32 + 1) * told.WINDOW - told.FACT_LEN
+    keys_and_values = 2 * p03._LAYERS * num_tokens * TINY.width * 4
+    assert held[32.0] == keys_and_values

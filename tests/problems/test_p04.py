@@ -25,7 +25,6 @@ SPECULATIVE = {"speculative", "prompt_lookup"}
 OF_SOME_ARMS = {
     "tokens_changed": p04._SAME_OUTPUT,
     "acceptance": SPECULATIVE,
-    "speedup": SPECULATIVE,
     "predicted_speedup": SPECULATIVE,
 }
 
@@ -131,7 +130,7 @@ def test_the_prediction_follows_from_what_was_measured(measured: dict[str, list[
     acceptance, cost, predicted = (
         _by_x(measured[arm], metric)[LAST] for metric in ("acceptance", "cost_ratio", "predicted_speedup")
     )
-    assert predicted == predicted_speedup(acceptance, p04._DRAFTED, cost)
+    assert predicted == predicted_speedup(acceptance, p04.DRAFTED, cost)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -208,3 +207,18 @@ def test_the_finding_tells_what_teachers_add_to_the_small_model(
 def test_distilled_models_are_compared_with_the_same_model_without_a_teacher() -> None:
     baselines = {arm.baseline for arm in EXPERIMENT.arms if arm.solution == "distillation"}
     assert baselines == {"small"}
+
+
+def test_notes_tell_budget_and_lines_to_compare_with() -> None:
+    records = [
+        (Cell(4, arm, "standard", 0), Measurement("bits_per_byte", "bit", value, LAST))
+        for arm, value in (("mask_predict", 4.5), ("mask_predict_1", 4.7))
+    ]
+    lines, budget, gain = EXPERIMENT.notes(Results(records))
+    assert "4.68" in lines
+    assert "Mask-Predict has 4.70 with 1, 4.50 with 4 passes." in lines
+    assert f"{p04._SIZES['standard'].budget.steps} steps of" in budget
+    assert "predicted gain" in gain
+    without = EXPERIMENT.notes(Results([(Cell(4, "kv_cache", "quick", 0), records[0][1])]))
+    assert "Mask-Predict has" not in without[0]
+    assert f"{p04._SIZES['quick'].budget.steps} steps of" in without[1]

@@ -63,6 +63,7 @@ def test_the_parts_add_up_to_the_peak(measured: dict[str, list[Measurement]], ar
     total = sum(sum(_values(measured[arm], f"{part}_bytes")) for part in parts)
     longest = max(TINY.lengths if arm in TRAINING else TINY.texts)
     assert total == _peaks(measured[arm])[longest] == _values(measured[arm], "longest_peak_bytes")[0]
+    assert all(value > 0 for part in parts for value in _values(measured[arm], f"{part}_bytes"))
 
 
 def _check(bill: Bill, parts: set[str]) -> None:
@@ -164,3 +165,12 @@ def test_the_finding_tells_which_checkpoints_save_more(
         records.append((Cell(7, arm, "quick", 0), Measurement("longest_peak_bytes", "bytes", peak * 2**20)))
     finding = EXPERIMENT.finding(Results(records))
     assert f"to {sqrt} MiB, checkpoints at every layer to {each}: sqrt(L) {word} here." in finding
+
+
+def test_notes_tell_the_schedule_and_the_budget() -> None:
+    loss = Measurement("bits_per_byte", "bit", 3.46)
+    schedule, budget = EXPERIMENT.notes(Results([(Cell(7, "kv_plain", "standard", 0), loss)]))
+    assert "best case" in schedule
+    plan = p07._SIZES["standard"].plan
+    assert f"{plan.steps} steps of {plan.batch_size} windows of {plan.text_len} bytes, which end at 3.46" in budget
+    assert "which end" not in EXPERIMENT.notes(Results([(Cell(7, "dense", "standard", 0), loss)]))[1]

@@ -79,6 +79,7 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     records = [(Cell(12, arm, "quick", 0), m) for arm in arms for m in measured[arm]]
     finding = EXPERIMENT.finding(Results(records))
     assert "After 512 tokens" in finding
+    assert "times the arithmetic" in finding
     assert "with sinks kept" in finding
     alone = EXPERIMENT.finding(Results([record for record in records if record[0].arm == "recompute"]))
     assert alone in finding
@@ -104,3 +105,16 @@ def test_the_finding_tells_whether_a_bare_window_collapsed(
     for arm, bits in (("window_only", alone), ("attention_sinks", 3.0)):
         records.append((Cell(12, arm, "quick", 0), Measurement("bits_per_byte", "bit", bits, 512.0)))
     assert outcome in EXPERIMENT.finding(Results(records))
+
+
+def test_notes_tell_what_time_holds_beside_arithmetic(measured: dict[str, list[Measurement]]) -> None:
+    cell = Cell(12, "recompute", "quick", 0)
+    flops = [(cell, Measurement("flops", "FLOP", value, x)) for x, value in ((64.0, 1e9), (128.0, 4e9))]
+    seconds = [(64.0, 0.5, 0), (64.0, 0.5, 1), (128.0, 5.0, 0), (128.0, 7.0, 1)]
+    records = [*flops, *((cell, Measurement("latency_s", "s", v, x, repeat=r)) for x, v, r in seconds)]
+    time, budget = EXPERIMENT.notes(Results(records))
+    assert "From 64 to 128 tokens arithmetic grows 4.0 times and time 12.0 times, and the 2 repeats at 128" in time
+    assert "5.0 to 7.0 s" in time
+    assert f"{p12._SIZES['quick'].steps} steps of" in budget
+    alone = EXPERIMENT.notes(Results([(Cell(12, "kv_cache", "quick", 0), measured["kv_cache"][0])]))
+    assert "arithmetic grows" not in alone[0]

@@ -120,3 +120,15 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     finding = EXPERIMENT.finding(Results(records))
     assert "With 95% noise" in finding
     assert "of its attention" in finding
+
+
+def test_the_finding_tells_each_seed_where_there_are_several(measured: dict[str, list[Measurement]]) -> None:
+    records = [(Cell(14, "dense", "quick", seed), m) for seed in (0, 1) for m in measured["dense"]]
+    assert "by seed) instead of" in EXPERIMENT.finding(Results(records))
+    assert "by seed" not in EXPERIMENT.finding(Results([record for record in records if record[0].seed == 0]))
+
+
+def test_notes_tell_which_methods_know_how_much_evidence_there_is(measured: dict[str, list[Measurement]]) -> None:
+    (note,) = EXPERIMENT.notes(Results([(Cell(14, "dense", "quick", 0), measured["dense"][0])]))
+    assert "top-k keeps 8 keys" in note
+    assert "pruning keeps 12 tokens" in note

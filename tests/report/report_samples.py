@@ -183,6 +183,7 @@ def pair(problem: Problem, slug: str, name: str, *, measured: bool) -> Treatment
         choose="when documents are long.",
         criterion=RULE,
         code=code,
+        example="",
         outcome=Outcome("helps", "less time", "more bits") if measured else None,
     )
 

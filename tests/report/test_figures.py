@@ -19,7 +19,7 @@ from transformer_problems.core.records import Interval
 from transformer_problems.core.summaries import Line, Point, ProblemSummary
 from transformer_problems.report import panels
 from transformer_problems.report.colours import catalogue_colours
-from transformer_problems.report.figures import WIDTH, compose, draw_problem
+from transformer_problems.report.figures import WIDTH, compose, draw_problem, provenance
 from transformer_problems.report.scales import x_scale, y_scale
 
 SHELF = shelf()
@@ -139,6 +139,39 @@ def num_strokes(summary: ProblemSummary) -> int:
     return sum(isinstance(artist, Line2D) for artist in figure_of(summary).artists + figure_of(summary).lines)
 
 
+def test_the_footer_tells_what_was_measured_with_fewer_seeds() -> None:
+    fewer = replace(quadratic(), fewer_seeds=(("latency_s", 1),))
+    assert "3 seeds (latency_s: 1) ·" in provenance(fewer)
+    assert "3 seeds ·" in provenance(quadratic())
+
+
+def test_the_left_panel_spans_what_its_line_was_measured_at() -> None:
+    summary = quadratic()
+    baseline = Line(summary.lines[0].arm, summary.lines[0].points[:3])
+    left, right = (a for a in figure_of(replace(summary, lines=(baseline, *summary.lines[1:]))).axes)
+    (start, end), (first, last) = left.get_xlim(), right.get_xlim()
+    assert start < np.log10(128) < np.log10(512) < end < np.log10(1024)
+    assert first < np.log10(128) < np.log10(8192) < last
+    assert left.get_ylim() == right.get_ylim()
+
+
+def test_a_linear_axis_holds_every_interval_and_begins_where_it_must() -> None:
+    summary = generalization(3)
+    wide = Line(summary.lines[0].arm, (Point(1.0, Interval(0.5, 0.3, 2.0)), Point(2.0, around(0.6))))
+    y = y_scale(summary.chart, (wide,))
+    assert 0 < y.low < 0.3 < 2.0 < y.high
+    assert y_scale(replace(summary.chart, y_from=0.0), (wide,)).low == 0
+    assert y_scale(replace(summary.chart, y_from=0.5), (wide,)).low == y.low
+
+
+def test_an_axis_of_what_is_left_gives_every_halving_the_same_room() -> None:
+    summary = generalization(3)
+    line = Line(summary.lines[0].arm, tuple(Point(x, around(0.5)) for x in (0.0, 0.5, 0.75, 0.875)))
+    x = x_scale(replace(summary.chart, x_log=False, x_log_rest=True), (line,), 3.0, 8.0)
+    assert x.ticks == (0.0, 0.5, 0.75, 0.875)
+    assert np.diff([x.fraction(tick) for tick in x.ticks]) == pytest.approx([x.fraction(0.5) - x.fraction(0.0)] * 3)
+
+
 @pytest.mark.parametrize(
     ("xs", "ticks"), [((66, 132, 198, 264, 330, 396), (100, 200, 300, 400)), ((1, 2, 3), (1, 2, 3))]
 )
@@ -177,3 +210,10 @@ def test_a_logarithmic_axis_refuses_x_of_zero() -> None:
     at_zero = Line(line.arm, (Point(0.0, around(1.0)), *line.points))
     with pytest.raises(ArgumentError, match="x_log"):
         figure_of(replace(summary, lines=(at_zero,)))
+
+
+def test_an_axis_of_what_is_left_refuses_x_of_one() -> None:
+    summary = generalization(3)
+    whole = Line(summary.lines[0].arm, (Point(0.5, around(1.0)), Point(1.0, around(1.0))))
+    with pytest.raises(ArgumentError, match="x_log_rest"):
+        figure_of(replace(summary, lines=(whole,), chart=replace(summary.chart, x_log=False, x_log_rest=True)))

@@ -30,7 +30,8 @@ def test_page_tells_finding_verdicts_criterion_notes_and_neighbours() -> None:
     assert "![Quadratic complexity" in page
     assert "### Longformer: helps" in page
     assert SHELF.problems[0].criterion.text in page
-    assert summary.notes[0] in page
+    assert f"### What to know about these figures\n\n- {summary.notes[0]}\n" in page
+    assert "What to know" not in problem_page(replace(summary, notes=()), SHELF.problems[0], SHELF)
     assert "[02 No positional awareness →](../02_no_positional_awareness/README.md)" in page
     assert "https://arxiv.org/abs/2004.05150" in page
     assert "from transformer_problems import SelfAttention" in page
@@ -49,6 +50,12 @@ def test_a_pair_with_a_criterion_of_its_own_shows_it() -> None:
     page = problem_page(quadratic(), SHELF.problems[0], replace(SHELF, treatments=pairs))
     assert page.count("- **Criterion here.** Memory falls by a tenth.") == 1
     assert "Criterion here" not in problem_page(quadratic(), SHELF.problems[0], SHELF)
+
+
+def test_a_pair_with_an_example_of_its_own_shows_it() -> None:
+    pairs = tuple(replace(p, example="1 + 1") if p.solution.slug == "flash-attention" else p for p in SHELF.treatments)
+    page = problem_page(quadratic(), SHELF.problems[0], replace(SHELF, treatments=pairs))
+    assert page.count("```python\n1 + 1\n```") == 1
 
 
 def test_what_few_seeds_leave_out_of_the_intervals_is_said() -> None:
@@ -79,8 +86,9 @@ def test_a_planned_problem_says_planned_and_shows_no_picture(tmp_path: Path) -> 
 
 
 def test_pages_have_no_runs_of_blank_lines() -> None:
-    for summary, problem in ((quadratic(), SHELF.problems[0]), (None, SHELF.problems[1])):
-        page = problem_page(summary, problem, SHELF)
+    without_notes = replace(quadratic(), notes=())
+    for summary, problem in ((quadratic(), 0), (without_notes, 0), (None, 1)):
+        page = problem_page(summary, SHELF.problems[problem], SHELF)
         assert "\n\n\n" not in page
         assert page.endswith("\n")
         assert not page.endswith("\n\n")

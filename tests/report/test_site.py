@@ -117,6 +117,12 @@ def test_a_card_shows_three_solutions_and_every_one_that_does_harm(pages: dict[s
         assert headline(harmful) == [*told[:3], harmful[-1]]
 
 
+def test_notes_stand_under_a_heading_of_their_own(pages: dict[str, Page]) -> None:
+    words = pages["01_quadratic_complexity/index.html"].words
+    assert quadratic().notes[0] in words[words.index("What to know about these figures") :]
+    assert "What to know about these figures" not in pages["09_length_generalization/index.html"].words
+
+
 def test_the_picture_leads_to_its_full_size(pages: dict[str, Page]) -> None:
     assert "problem.svg" in pages["01_quadratic_complexity/index.html"].links
 

@@ -127,6 +127,7 @@ class Treatment:
         choose: When to choose it here; starts with "when".
         criterion: The problem's criterion, with what differs for this solution.
         code: The solution's code, as far as it treats this problem.
+        example: The solution's example, or one that shows the code that treats this problem.
         outcome: What was measured; None while the pair is planned.
     """
 
@@ -138,6 +139,7 @@ class Treatment:
     choose: str
     criterion: Criterion
     code: tuple[str, ...]
+    example: str
     outcome: Outcome | None = None
 
     @property

@@ -122,7 +122,7 @@ def _solution(table: Table, problems: Mapping[int, Problem]) -> tuple[Solution, 
         role=table.choice("role", get_args(Role)),
         how=table.text("how"),
         code=_code(table) if "code" in table else (),
-        example=table.take("example", str, "lines of Python").strip("\n") if "example" in table else "",
+        example=_example(table) if "example" in table else "",
         references=_references(table),
     )
     if solution.example and not solution.code:
@@ -147,6 +147,7 @@ def _treatment(table: Table, solution: Solution, problems: Mapping[int, Problem]
         choose=table.text("choose", r"when .+", 'a text that starts with "when"'),
         criterion=_criterion(table.table("criterion"), inherited) if "criterion" in table else inherited,
         code=_code(table) if "code" in table else solution.code,
+        example=_example(table) if "example" in table else solution.example,
     )
     place = table.integer("place", 1, 99) if "place" in table else None
     table.done()
@@ -161,6 +162,7 @@ def _criterion(table: Table, inherited: Criterion | None) -> Criterion:
     measured = [key for key in table.remaining() if key in _MEASURED]
     if "metric" in table:
         given["metric"] = table.text("metric", *_METRIC)
+        given["at"] = None  # another metric is varied in another way, or in none
     if "at" in table:
         given["at"] = _at(table)
     if "better" in table:
@@ -221,6 +223,11 @@ def _code(table: Table) -> tuple[str, ...]:
         if not isinstance(path, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", path):
             raise table.error("code", rule, path)
     return tuple(paths)
+
+
+def _example(table: Table) -> str:
+    example: str = table.take("example", str, "lines of Python")
+    return example.strip("\n")
 
 
 def _in_order(pairs: Sequence[tuple[Treatment, int | None]]) -> list[Treatment]:

@@ -34,6 +34,9 @@ class Chart:
         problem_title: What the left panel shows, e.g. "Time of one attention layer".
         solutions_title: What the right panel shows.
         better: Which way is good.
+        x_log: Logarithmic in x, which is above 0.
+        x_log_rest: Logarithmic in 1 - x, for shares whose last few hundredths decide; x is below 1.
+        y_from: Where a linear y axis begins at the latest, such as at 0; None begins where the lines do.
         draws: Slugs of the arms that get a line on the right (crowded charts leave variants to the table);
             empty draws all.
     """
@@ -45,7 +48,9 @@ class Chart:
     y_label: str
     better: Literal["lower", "higher"]
     x_log: bool = False
+    x_log_rest: bool = False
     y_log: bool = False
+    y_from: float | None = None
     draws: tuple[str, ...] = ()
 
 
@@ -55,7 +60,7 @@ class Column:
 
     Args:
         label: Heading with unit, e.g. "bits/byte at 16x".
-        at: The x it is read at; "last" is the largest x that the baseline was measured at.
+        at: The x it is read at; "last" is the largest x that the arm's baseline, or a control itself, was measured at.
         digits: Significant digits printed.
         statistic: "mean" of the samples, or the "exponent" p of metric ~ x^p over the largest three octaves of x.
     """
@@ -114,4 +119,5 @@ class ProblemSummary:
     scale: Scale
     num_seeds: int
     environment: Environment
-    notes: tuple[str, ...] = ()  # failed cells, caveats of the method
+    notes: tuple[str, ...] = ()  # caveats of the method, figures of fewer seeds, failed cells
+    fewer_seeds: tuple[tuple[str, int], ...] = ()  # metrics drawn or judged that fewer seeds were measured by: how many

@@ -9,6 +9,7 @@ from transformer_problems.lab.results import Results
 from transformer_problems.lab.statistics import paired_difference, paired_ratio
 
 At = float | Literal["last"] | None
+_LARGEST_RATIO = 10_000  # beyond it, digits say how small the smaller figure is rounded, and no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ def describe_effect(effect: Effect, interval: Interval, x: float | None, than: s
         return f"no change{_subject(less, more)}{where}{f' against {than}' if than else ''}"
     if effect.compare == "ratio" and texts[0] == nothing:
         texts = [f"{v:.2f}" for v in (value, low, high)]  # "1.0x more" would not say how little
+    if effect.compare == "ratio" and value >= _LARGEST_RATIO:
+        texts = [f"over {_LARGEST_RATIO:,}"] * 3
     bounds = "" if texts[1] == texts[2] else f" ({texts[1]} to {texts[2]})"
     return f"{texts[0]}{unit}{bounds} {less if is_less else more}{where}{f' than {than}' if than else ''}"
 

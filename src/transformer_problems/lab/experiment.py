@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -44,4 +44,13 @@ class Experiment(Protocol):
 
     def finding(self, results: Results) -> str:
         """What the baseline showed, in one plain sentence with its figures, and what a verdict alone would hide."""
+        ...
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    """An experiment that tells what a reader must know beside the figures: limits of the method, lines to compare."""
+
+    def notes(self, results: Results) -> tuple[str, ...]:
+        """One plain paragraph each; of a run that is not complete, what can be said of it. `results` are not empty."""
         ...

@@ -42,10 +42,11 @@ def judge(
     if loss is not None:
         word = _held_to_quality(word, loss, criterion.quality_loss)
     low, high = _neutral_zone(criterion)
+    spread = _spread_text(effect, results, arm.slug, baseline, criterion.metric, x)
     reason = (
-        f"{criterion.metric} {criterion.compare} {effect.value:.3g}, 95% interval {effect.low:.3g} to "
-        f"{effect.high:.3g}; a {criterion.compare} between {low:.3g} and {high:.3g} counts as no effect"
-        f"{_quality_text(criterion, loss)}{f'; left out: its baseline {without}' if without else ''}"
+        f"{criterion.metric} {criterion.compare} {effect.value:.3g}, {spread}; a {criterion.compare} between {low:.3g} "
+        f"and {high:.3g} counts as no effect{_quality_text(criterion, loss, results, arm.slug, baseline)}"
+        f"{f'; left out: its baseline {without}' if without else ''}"
     )
     return Verdict(problem, arm.slug, word, effect, reason)
 
@@ -78,15 +79,24 @@ def _held_to_quality(word: VerdictWord, loss: Interval, limit: float) -> Verdict
     return "inconclusive" if loss.high > limit and word != "hurts" else word
 
 
-def _quality_text(criterion: Criterion, loss: Interval | None) -> str:
+def _quality_text(criterion: Criterion, loss: Interval | None, results: Results, arm: str, baseline: str) -> str:
     if not criterion.quality:
         return ""
     if loss is None:
         return f"; {criterion.quality} was not measured"
-    return (
-        f"; {criterion.quality} lost {loss.value:.3g}, 95% interval {loss.low:.3g} to {loss.high:.3g}, of which "
-        f"{criterion.quality_loss:.3g} is allowed"
-    )
+    spread = _spread_text(loss, results, arm, baseline, criterion.quality, None)
+    return f"; {criterion.quality} lost {loss.value:.3g}, {spread}, of which {criterion.quality_loss:.3g} is allowed"
+
+
+def _spread_text(effect: Interval, results: Results, arm: str, baseline: str, metric: str, x: float | None) -> str:
+    """The interval and what it holds the spread of; a single value has none."""
+    pair = results.paired(arm, baseline, metric, x)
+    assert pair is not None, "an effect was measured"
+    num_seeds, num_repeats = pair[0].shape
+    if pair[0].size == 1:
+        return "one value"
+    of_repeats = f" over {num_repeats} repeats with one seed" if num_seeds == 1 else ""
+    return f"95% interval {effect.low:.3g} to {effect.high:.3g}{of_repeats}"
 
 
 def _neutral_zone(criterion: Criterion) -> tuple[float, float]:

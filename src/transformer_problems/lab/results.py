@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_problems.core.records import Cell, Measurement
+from transformer_problems.core.records import Cell, Measurement, Scale
 
 Samples = NDArray[np.float64]
 """[seeds, repeats]: paired between arms element by element."""
@@ -30,17 +30,33 @@ class Results:
         self._diverged: dict[tuple[str, str, float | None], set[int]] = defaultdict(set)
         self._range_of: dict[str, tuple[float, float]] = {}
         self.seeds: set[int] = set()
+        self._scales: set[Scale] = set()
         for cell, m in records:
             by_seed = self._values.setdefault((cell.arm, m.metric, m.x), {})
             by_seed.setdefault(cell.seed, {})[m.repeat] = m.value
             if m.x is not None:
                 self._xs[cell.arm, m.metric].add(m.x)
             self.seeds.add(cell.seed)
+            self._scales.add(cell.scale)
             if not math.isfinite(m.value):
                 self._diverged[cell.arm, m.metric, m.x].add(cell.seed)
         for key, seeds in self._diverged.items():
             for seed in seeds:
                 del self._values[key][seed]
+
+    @property
+    def scale(self) -> Scale:
+        """The scale of the measurements, of which there must be some."""
+        (scale,) = self._scales
+        return scale
+
+    def with_fewer_seeds(self, metrics: Iterable[str]) -> dict[str, int]:
+        """Those of some metrics that were measured with fewer seeds than there are, and with how many."""
+        seeds: dict[str, set[int]] = defaultdict(set)
+        for (_, metric, _), by_seed in (*self._values.items(), *self._diverged.items()):
+            seeds[metric].update(by_seed)
+        counts = {metric: len(seeds[metric]) for metric in metrics}
+        return {metric: num for metric, num in counts.items() if 0 < num < len(self.seeds)}
 
     def seeds_of(self, arm: str) -> set[int]:
         """The seeds that anything was measured with of an arm, diverged ones included."""
@@ -77,7 +93,7 @@ class Results:
 
     def eased(self, arm: str, metric: str, x: float | None = None) -> Samples | None:
         """`samples` without what makes an example hard for every arm: its mean over arms, seeds and x, put to the
-        mean of all examples. For metrics that every arm is measured by on the same examples.
+        mean of the arm's examples. For metrics that arms are measured by on the same examples, by the same repeats.
 
         An arm whose samples are all the same stays as it is: for it no example is harder than another.
 
@@ -88,7 +104,7 @@ class Results:
         if len({value for by_repeat in mine.values() for value in by_repeat.values()}) <= 1:
             return self.samples(arm, metric, x)
         hardness = self._hardness(metric)
-        typical = float(np.mean(list(hardness.values())))
+        typical = float(np.mean([hardness[r] for r in set().union(*mine.values())]))
         eased = {s: {r: v - hardness[r] + typical for r, v in values.items()} for s, values in mine.items()}
         return self._stack(eased, None, None)
 

@@ -1,14 +1,14 @@
 """From measurements to what a page shows: curves, table, verdicts and the words for them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from transformer_problems.catalogue import Catalogue, Criterion
 from transformer_problems.core.records import Cell, Environment, Interval, Measurement, Scale, Verdict
 from transformer_problems.core.summaries import Arm, Column, Line, Point, ProblemSummary, Row
 from transformer_problems.lab.effects import Effect, common_x, describe_effect, measure_effect
-from transformer_problems.lab.experiment import Experiment
+from transformer_problems.lab.experiment import Experiment, HasNotes
 from transformer_problems.lab.judge import judge
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.statistics import fit_exponent, mean_interval
@@ -29,7 +29,9 @@ def summarise(
     reasons = {cell.arm: reason for cell, reason in failures.items()}
     rows = tuple(_row(experiment, catalogue, arm, results, reasons) for arm in experiment.arms)
     lines = tuple(line for arm in experiment.arms if (line := _line(experiment, arm, results)).points)
-    notes = tuple(f"{cell.arm}, seed {cell.seed}: {reason}" for cell, reason in failures.items())
+    told = experiment.notes(results) if isinstance(experiment, HasNotes) and results.seeds else ()
+    fewer = _fewer_seeds(experiment, catalogue, results)
+    failed = (f"{cell.arm}, seed {cell.seed}: {reason}" for cell, reason in failures.items())
     return ProblemSummary(
         number=experiment.problem,
         finding=_finding(experiment, results, reasons),
@@ -40,7 +42,8 @@ def summarise(
         scale=scale,
         num_seeds=len(results.seeds),
         environment=environment,
-        notes=notes,
+        notes=(*told, *_seeds_told(experiment.columns, results), *failed),
+        fewer_seeds=tuple(fewer.items()),
     )
 
 
@@ -66,6 +69,21 @@ def _finding(experiment: Experiment, results: Results, reasons: Mapping[str, str
     if diverged := results.diverged(baseline.slug):
         return f"The baseline, {baseline.label}, {diverged}."
     return experiment.finding(results)
+
+
+def _fewer_seeds(experiment: Experiment, catalogue: Catalogue, results: Results) -> dict[str, int]:
+    """The metrics that are judged or drawn and were measured with fewer seeds than others, and with how many."""
+    judged = [criterion_of(catalogue, experiment.problem, arm).metric for arm in experiment.arms if arm.solution]
+    return results.with_fewer_seeds((*judged, experiment.chart.metric))
+
+
+def _seeds_told(columns: Sequence[Column], results: Results) -> Iterator[str]:
+    """A sentence on the columns of the table that were measured with fewer seeds than others."""
+    fewer = results.with_fewer_seeds(column.metric for column in columns)
+    for num in sorted(set(fewer.values())):
+        labels = ", ".join(f'"{column.label}"' for column in columns if fewer.get(column.metric) == num)
+        of_all = f"{num} of {len(results.seeds)} seeds"
+        yield f"Measured with {of_all}, so that intervals leave out how much seeds differ: {labels}."
 
 
 def _with_variants(row: Row, rows: Sequence[Row]) -> Row:
@@ -157,15 +175,18 @@ def _cell(experiment: Experiment, column: Column, arm: Arm, results: Results) ->
     xs = results.xs(arm.slug, column.metric)
     if column.statistic == "exponent":
         return _exponent(column.metric, arm, results, xs)
-    x = max(results.xs(experiment.arms[0].slug, column.metric), default=None) if column.at == "last" else column.at
+    compared = arm.baseline or (arm.slug if arm.solution is None else experiment.arms[0].slug)
+    x = max(results.xs(compared, column.metric), default=None) if column.at == "last" else column.at
     if results.diverged(arm.slug, column.metric, x):
         return _DIVERGED
     return _estimate(experiment, column.metric, arm, results, x)
 
 
 def _exponent(metric: str, arm: Arm, results: Results, xs: list[float]) -> Interval | None:
-    """Slope over the largest three octaves, where the fixed costs of small inputs no longer count."""
+    """Slope over the largest three octaves, where the fixed costs of small inputs no longer count; over the largest
+    three sizes where these octaves hold fewer."""
     top = [x for x in xs if x >= xs[-1] / 8 * (1 - 1e-9)]
+    top = top if len(top) >= 3 else xs[-3:]
     if any(results.diverged(arm.slug, metric, x) for x in top):
         return _DIVERGED
     samples = [s.reshape(-1) for x in top if (s := results.samples(arm.slug, metric, x)) is not None]

@@ -91,12 +91,18 @@ def provenance(summary: ProblemSummary) -> str:
             format_count(where.threads, "thread"),
             where.dtype,
             f"{summary.scale} scale",
-            format_count(summary.num_seeds, "seed"),
+            _seeds(summary),
             where.date,
             f"transformer-problems {where.version} (code {where.revision[:7]})",
             f"torch {where.torch}",
         )
     )
+
+
+def _seeds(summary: ProblemSummary) -> str:
+    """How many seeds, and what was measured with fewer of them."""
+    fewer = ", ".join(f"{metric}: {num}" for metric, num in summary.fewer_seeds)
+    return format_count(summary.num_seeds, "seed") + (f" ({fewer})" if fewer else "")
 
 
 def machine(where: Environment) -> str:

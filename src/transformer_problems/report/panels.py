@@ -1,4 +1,4 @@
-"""The two panels of a problem's picture: the baseline alone, then every solution on the same axes."""
+"""The two panels of a problem's picture: the baseline alone, then every solution on the same y axis."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Panels:
     baseline: Line | None  # None where it could not be measured
     lines: tuple[Line, ...]
     strokes: Mapping[str, Stroke]
-    x: Scale
+    xs: tuple[Scale, Scale]  # of the baseline alone, and of every line
     y: Scale
     labels: tuple[tuple[str, ...], ...]
     left: float
@@ -56,7 +56,7 @@ def plan(summary: ProblemSummary, strokes: Mapping[str, Stroke], left: float, wi
     """Decides which lines are drawn, on which axes, and how much room they need.
 
     Raises:
-        ArgumentError: If there is nothing to draw, or a logarithmic x axis meets x of zero or below.
+        ArgumentError: If there is nothing to draw, or an x has no place on its axis.
     """
     chart = summary.chart
     first = summary.rows[0].arm.slug
@@ -65,21 +65,20 @@ def plan(summary: ProblemSummary, strokes: Mapping[str, Stroke], left: float, wi
     )
     if not lines:
         raise ArgumentError("lines must hold a finite point; got none. Measure the problem before drawing it.")
-    if chart.x_log and min(point.x for line in lines for point in drawable(line)) <= 0:
-        raise ArgumentError("chart.x_log needs x above 0; got a point at or below 0. Use a linear x axis.")
     y = y_scale(chart, lines)
     labels = tuple(tuple(wrap(line.arm.label, LABEL, _LABEL_WIDTH)) for line in lines)
     label_width = max(text_width(text, LABEL) for label in labels for text in label)
     tick_width = max((text_width(text, SMALL) for text in y.labels), default=0.0) + 0.08
     plot_width = (width - tick_width - _BETWEEN - _LEADER - label_width) / 2
+    baseline = next((line for line in lines if line.arm.slug == first), None)
     x = x_scale(chart, lines, plot_width, SMALL)
     wide = plot_width + _LEADER + label_width
     return Panels(
         chart=chart,
-        baseline=next((line for line in lines if line.arm.slug == first), None),
+        baseline=baseline,
         lines=lines,
         strokes=strokes,
-        x=x,
+        xs=(x if baseline is None else x_scale(chart, (baseline,), plot_width, SMALL), x),
         y=y,
         labels=labels,
         left=left + tick_width,
@@ -103,11 +102,11 @@ def draw(panels: Panels, sheet: Sheet, top: float, left_edge: float) -> None:
     plot_top = top + panels.head_height
     for side, x in enumerate((panels.left, right)):
         axes = sheet.axes(x, plot_top, panels.plot_width, panels.plot_height)
-        _dress(axes, panels, sheet, x, plot_top, with_y_labels=side == 0)
+        _dress(axes, panels, panels.xs[side], sheet, x, plot_top, with_y_labels=side == 0)
         shown = panels.lines if side else (panels.baseline,)
         for line in shown:
             if line is not None:
-                _draw_line(axes, line, panels, emphasis=side == 0)
+                _draw_line(axes, line, panels, panels.xs[side], emphasis=side == 0)
     if panels.baseline is None:
         middle = panels.left + panels.plot_width / 2, plot_top + panels.plot_height / 2
         sheet.text(*middle, "not measured", size=HEADING, colour=MUTED, align="center", anchor="center", opaque=True)
@@ -116,15 +115,13 @@ def draw(panels: Panels, sheet: Sheet, top: float, left_edge: float) -> None:
     _label_ends(panels, sheet, right, plot_top)
 
 
-def _dress(axes: Axes, panels: Panels, sheet: Sheet, x: float, top: float, *, with_y_labels: bool) -> None:
+def _dress(
+    axes: Axes, panels: Panels, across: Scale, sheet: Sheet, x: float, top: float, *, with_y_labels: bool
+) -> None:
     """Ends, grid and ticks; tick labels are the sheet's own text, so that their place is known."""
-    for axis, scale in (("x", panels.x), ("y", panels.y)):
-        if scale.log:
-            axes.set(**{f"{axis}scale": "log"})
-        axes.set(**{f"{axis}lim": (scale.low, scale.high)})
-    axes.set_xticks(panels.x.ticks, labels=[""] * len(panels.x.ticks))
-    axes.set_yticks(panels.y.ticks, labels=[""] * len(panels.y.ticks))
-    axes.minorticks_off()
+    axes.set(xlim=(across.low, across.high), ylim=(panels.y.low, panels.y.high))
+    axes.set_xticks([across.place(t) for t in across.ticks], labels=[""] * len(across.ticks))
+    axes.set_yticks([panels.y.place(t) for t in panels.y.ticks], labels=[""] * len(panels.y.ticks))
     axes.grid(axis="y", color=RULE, linewidth=0.5)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", length=3, width=0.6, color=MUTED)
@@ -132,8 +129,8 @@ def _dress(axes: Axes, panels: Panels, sheet: Sheet, x: float, top: float, *, wi
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.spines["bottom"].set(color=MUTED, linewidth=0.6)
     bottom = top + panels.plot_height
-    for value, text in zip(panels.x.ticks, panels.x.labels, strict=True):
-        at = x + panels.x.fraction(value) * panels.plot_width
+    for value, text in zip(across.ticks, across.labels, strict=True):
+        at = x + across.fraction(value) * panels.plot_width
         sheet.text(at, bottom + _ABOVE_TICKS, text, size=SMALL, colour=MUTED, align="center")
     below = bottom + _ABOVE_TICKS + line_height(SMALL)
     sheet.text(x + panels.plot_width / 2, below, panels.chart.x_label, size=SMALL, colour=MUTED, align="center")
@@ -143,10 +140,10 @@ def _dress(axes: Axes, panels: Panels, sheet: Sheet, x: float, top: float, *, wi
             sheet.text(x - 0.06, at, text, size=SMALL, colour=MUTED, align="right", anchor="center")
 
 
-def _draw_line(axes: Axes, line: Line, panels: Panels, *, emphasis: bool) -> None:
+def _draw_line(axes: Axes, line: Line, panels: Panels, across: Scale, *, emphasis: bool) -> None:
     stroke, points = panels.strokes[line.arm.slug], drawable(line)
     order = 4 if line.arm.lead else 3  # leading arms lie on top of variants and controls
-    xs = [point.x for point in points]
+    xs = [across.place(point.x) for point in points]
     ys, lows, highs = (
         [panels.y.place(value) for value in column]
         for column in zip(*((p.y.value, p.y.low, p.y.high) for p in points), strict=True)
@@ -182,7 +179,7 @@ def _label_ends(panels: Panels, sheet: Sheet, x: float, top: float) -> None:
     bottom, edge = top + panels.plot_height, x + panels.plot_width + _LEADER
     for group, height, place, centre in zip(groups, heights, places, centres, strict=True):
         strokes = [panels.strokes[panels.lines[i].arm.slug] for i in group]
-        start = x + panels.x.fraction(ends[group[0]].x) * panels.plot_width
+        start = x + panels.xs[1].fraction(ends[group[0]].x) * panels.plot_width
         reach = height / 2 - 0.03 if len(group) > 1 else 0.0  # of the bracket; a single label has none
         colour = strokes[0].line if len(group) == 1 else MUTED
         target = bottom - min(max(place, centre - reach), centre + reach)
@@ -227,9 +224,9 @@ def _label_baseline(baseline: Line, panels: Panels, sheet: Sheet, top: float) ->
 
 
 def _outline(line: Line, panels: Panels) -> np.ndarray:
-    """Points along a line and along its interval's edges, as shares of the axes: [points, 2], the line's end last."""
+    """Points along the baseline and its interval's edges, as shares of the left axes: [points, 2], its end last."""
     points = drawable(line)
-    xs = [panels.x.fraction(point.x) for point in points]
+    xs = [panels.xs[0].fraction(point.x) for point in points]
     fine = np.linspace(xs[0], xs[-1], 200)
     curves = [
         np.interp(fine, xs, [panels.y.fraction(value) for value in column])

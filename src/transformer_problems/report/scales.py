@@ -3,33 +3,42 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from matplotlib.ticker import MaxNLocator
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.summaries import Chart, Line, Point, ProblemSummary
 from transformer_problems.report.formatting import format_tick, is_bytes
 from transformer_problems.report.sheet import text_width
 
 _MARGIN = 0.05  # share of the span left free at each end
-_BAND_SHARE = 0.25  # how much of the span intervals may add at each end before they are cut off
+_BAND_SHARE = 0.25  # of a logarithmic span that intervals, which may reach to zero, may add at each end
 _MOST_MEASURED_TICKS = 16
 _TICK_GAP = 0.12  # inches between two tick labels
+
+Kind = Literal["linear", "log", "log rest"]
+_WARPS: dict[Kind, Callable[[float], float]] = {
+    "linear": float,
+    "log": math.log10,
+    "log rest": lambda share: -math.log10(1 - share),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One axis.
+    """One axis, drawn on a linear one of warped values.
 
     Args:
-        log: Logarithmic or linear.
-        low: Lower end.
-        high: Upper end.
-        ticks: Where the ticks stand.
+        kind: Linear, logarithmic, or for shares logarithmic in what is left of one.
+        low: Lower end, warped.
+        high: Upper end, warped.
+        ticks: The values at which ticks stand.
         labels: What they say.
         floor: On a logarithmic axis, where values of zero and below are drawn; None where there are none.
     """
 
-    log: bool
+    kind: Kind
     low: float
     high: float
     ticks: tuple[float, ...]
@@ -37,13 +46,14 @@ class Scale:
     floor: float | None = None
 
     def place(self, value: float) -> float:
-        """Where a value is drawn, in data units."""
-        return max(value, self.floor) if self.floor is not None else max(value, self.low) if self.log else value
+        """Where a value is drawn, warped."""
+        if self.kind == "log" and value <= (self.floor or 0.0):
+            return self.low if self.floor is None else math.log10(self.floor)
+        return _WARPS[self.kind](value)
 
     def fraction(self, value: float) -> float:
         """Where a value is drawn, as a share of the axis."""
-        warp: Callable[[float], float] = math.log10 if self.log else float
-        return (warp(self.place(value)) - warp(self.low)) / (warp(self.high) - warp(self.low))
+        return (self.place(value) - self.low) / (self.high - self.low)
 
 
 def drawable(line: Line) -> list[Point]:
@@ -57,54 +67,62 @@ def has_chart(summary: ProblemSummary) -> bool:
 
 
 def y_scale(chart: Chart, lines: Iterable[Line]) -> Scale:
-    """The y axis that holds every line, and most of every interval."""
+    """The y axis that holds every line, and every interval whole if it is linear, most of it if it is logarithmic."""
     estimates = [point.y for line in lines for point in drawable(line)]
     values = [e.value for e in estimates]
     bounds = [b for e in estimates for b in (e.low, e.high) if math.isfinite(b)]
     floor = None
     if chart.y_log:
         positive = [v for v in values if v > 0] or [1.0]
-        bounds = [b for b in bounds if b > 0]
         if len(positive) < len(values):
             floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1)
             positive.append(floor)
-        low, high = _ends([math.log10(v) for v in positive], [math.log10(b) for b in bounds])
+        logs = [math.log10(v) for v in positive]
+        reach = _BAND_SHARE * ((max(logs) - min(logs)) or 1.0)
+        lowest, highest = min(logs) - reach, max(logs) + reach
+        low, high = _ends([*logs, *(min(max(math.log10(b), lowest), highest) for b in bounds if b > 0)])
         ticks = (_binary_ticks if is_bytes(chart.metric) else _log_ticks)(10**low, 10**high)
         if floor is not None:
             ticks = [floor, *(t for t in ticks if t > floor * 2)]
         labels = ["0" if t == floor else format_tick(t, chart.metric) for t in ticks]
-        return Scale(True, 10**low, 10**high, tuple(ticks), tuple(labels), floor)
-    low, high = _ends(values, bounds)
+        return Scale("log", low, high, tuple(ticks), tuple(labels), floor)
+    low, high = _ends([*values, *bounds])
     if low < 0 <= min(values):
         low = 0.0
+    if chart.y_from is not None:
+        low = min(low, chart.y_from)
     ticks = [t for t in _linear_ticks(low, high, 5) if low <= t <= high]
-    return Scale(False, low, high, tuple(ticks), tuple(format_tick(t, chart.metric) for t in ticks))
+    return Scale("linear", low, high, tuple(ticks), tuple(format_tick(t, chart.metric) for t in ticks))
 
 
 def x_scale(chart: Chart, lines: Iterable[Line], width: float, size: float) -> Scale:
-    """The x axis with as many ticks as fit in `width` inches at `size` points: at round numbers, or on a logarithmic
-    axis at what was measured, which doubles from one to the next."""
+    """The x axis with as many ticks as fit in `width` inches at `size` points: at round numbers, or where it is not
+    linear at what was measured.
+
+    Raises:
+        ArgumentError: If an x has no place: zero or below on a logarithmic axis, one or above where shares are drawn.
+    """
     xs = sorted({point.x for line in lines for point in drawable(line)})
-    warp: Callable[[float], float] = math.log10 if chart.x_log else float
-    low, high = warp(xs[0]), warp(xs[-1])
+    if chart.x_log and xs[0] <= 0:
+        raise ArgumentError("chart.x_log needs x above 0; got a point at or below 0. Use a linear x axis.")
+    if chart.x_log_rest and xs[-1] >= 1:
+        raise ArgumentError("chart.x_log_rest needs x below 1; got a point at or above 1. Use a linear x axis.")
+    kind: Kind = "log" if chart.x_log else "log rest" if chart.x_log_rest else "linear"
+    low, high = _WARPS[kind](xs[0]), _WARPS[kind](xs[-1])
     margin = _MARGIN / 2 * (high - low) or 0.5
-    unwarp: Callable[[float], float] = (lambda v: 10.0**v) if chart.x_log else float
-    ends = Scale(chart.x_log, unwarp(low - margin), unwarp(high + margin), (), ())
+    ends = Scale(kind, low - margin, high + margin, (), ())
     ticks = xs
-    if not chart.x_log and len(xs) > 1:
+    if kind == "linear" and len(xs) > 1:
         ticks = [t for t in _linear_ticks(xs[0], xs[-1], 5) if ends.low <= t <= ends.high]
-    elif len(xs) > _MOST_MEASURED_TICKS:
+    elif kind == "log" and len(xs) > _MOST_MEASURED_TICKS:
         ticks = [t for t in _log_ticks(xs[0], xs[-1]) if xs[0] <= t <= xs[-1]]
     kept = _thin(ticks, ends, width, size)
-    return Scale(chart.x_log, ends.low, ends.high, tuple(kept), tuple(format_tick(t) for t in kept))
+    return Scale(kind, ends.low, ends.high, tuple(kept), tuple(format_tick(t) for t in kept))
 
 
-def _ends(values: Sequence[float], bounds: Sequence[float]) -> tuple[float, float]:
+def _ends(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    span = (high - low) or abs(high) or 1.0
-    low = min(low, max(min(bounds, default=low), low - _BAND_SHARE * span))
-    high = max(high, min(max(bounds, default=high), high + _BAND_SHARE * span))
-    margin = _MARGIN * ((high - low) or span)
+    margin = _MARGIN * ((high - low) or abs(high) or 1.0)
     return low - margin, high + margin
 
 
@@ -133,8 +151,8 @@ def _binary_ticks(low: float, high: float) -> list[float]:
 
 
 def _thin(ticks: Sequence[float], ends: Scale, width: float, size: float) -> list[float]:
-    """Ticks whose labels stand clear of each other: every second or third where that will do."""
-    for step in (1, 2, 3):
+    """Ticks whose labels stand clear of each other: every second or third of evenly spaced ones where that will do."""
+    for step in (1, 2, 3) if ends.kind != "log rest" else ():
         every = ticks[::-1][::step][::-1]
         if len(every) >= 3 and _clear_of_each_other(every, ends, width, size) == every:
             return every

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformer_problems.core.records import Measurement, Scale
 from transformer_problems.core.seeding import generator, seeded
 from transformer_problems.core.summaries import Arm, Chart, Column
-from transformer_problems.lab.data.passkey import FIRST_KEY_TOKEN, NUM_KEYS, QUERY_TOKEN, VOCAB_SIZE
+from transformer_problems.lab.data.passkey import FIRST_KEY_TOKEN, NUM_KEYS, VOCAB_SIZE
 from transformer_problems.lab.data.text import TextSplits, held_out_windows, load_text, sample_windows
 from transformer_problems.lab.effects import Effect
 from transformer_problems.lab.experiment import Bench
@@ -29,19 +29,10 @@ from transformer_problems.problems.p03_fixed_context_window.documents import (
     Documents,
     spelled,
     tell,
-    unspelled,
 )
+from transformer_problems.problems.p03_fixed_context_window.search import Search
 from transformer_problems.solutions.attention.self_attention import SelfAttention
-from transformer_problems.solutions.memory.hashed_ngrams import HashedNgrams
 from transformer_problems.solutions.memory.knn_memory import KNNMemoryAttention
-from transformer_problems.solutions.memory.retrieval import (
-    BM25Index,
-    PassageIndex,
-    RetrievalAugmented,
-    VectorIndex,
-    chunk_tokens,
-    words,
-)
 from transformer_problems.solutions.position.t5 import T5RelativeBias
 from transformer_problems.solutions.recurrence.mamba import Mamba
 from transformer_problems.solutions.recurrence.transformer_xl import TransformerXL
@@ -56,9 +47,6 @@ _KNN_MEMORY = 64 * WINDOW  # holds all that is read here
 _NEIGHBORS = 8
 _RECALL_WEIGHT = 4.0  # one answer a document would drown among its bytes; equal in all arms
 _TRAINED_WINDOWS = 8  # of the streams that end training
-_PASSAGE_LEN, _PASSAGE_STRIDE = 24, 16  # a passage and a question fit the window; passages overlap by more than a fact
-_FEATURES = 512  # numbers that the vector index keeps of a passage
-_BM25_ENTRY = 8  # bytes that bm25s keeps of a word in a passage: its score and the passage's number
 _BY_SEARCH = {"rag_vector", "rag_bm25"}
 
 
@@ -137,6 +125,7 @@ class FixedContextWindow:
     columns = (
         Column("recall", "recall within the window", at=_WITHIN, better="higher"),
         Column("recall", "at 1 window", at=1.0, better="higher"),
+        Column("recall", "at 4 windows", at=4.0, better="higher"),
         Column("recall", "at 8 windows", at=8.0, better="higher"),
         Column("recall", "at 32 windows", at=32.0, better="higher"),
         Column("hit_rate", "searches that find the whole fact", better="higher"),
@@ -160,7 +149,7 @@ class FixedContextWindow:
 
     def measure(self, bench: Bench) -> Iterator[Measurement]:
         size, text = _SIZES[bench.cell.scale], load_text()
-        search = _Search(bench.cell.arm, _corpus(text, size)) if bench.cell.arm in _BY_SEARCH else None
+        search = Search(bench.cell.arm, _corpus(text, size)) if bench.cell.arm in _BY_SEARCH else None
         model = _model_of(bench, size, text)
         documents = _documents(text, size).to(bench.device)
         if search is None:
@@ -189,6 +178,22 @@ class FixedContextWindow:
             f"before in {before.mean():.0%}, 32 windows before in {far.mean():.0%}, where guessing gives "
             f"{1 / NUM_KEYS:.0%}; text costs {one.mean():.2f} bits per byte from one window and {many.mean():.2f} from "
             f"{_HISTORIES[-1]}."
+        )
+
+    def notes(self, results: Results) -> tuple[str, ...]:
+        kept = _XL_MEMORY // WINDOW
+        near, far = (results.samples("transformer_xl", "recall", float(x)) for x in (kept, _LAYERS * kept))
+        recalled = "" if near is None else f"; it recalls {near.mean():.0%} from {kept} windows"
+        recalled += "" if far is None else f" and {far.mean():.0%} from {_LAYERS * kept}"
+        return (
+            f"Transformer-XL has {_LAYERS} layers here that each keep {kept} windows, so by construction nothing from "
+            f"more than some {_LAYERS * kept} windows back can reach an answer{recalled}. The criterion asks at "
+            f"{_DISTANCES[-1]}: of this size it could not help.",
+            f"The external memory has room for {_KNN_MEMORY // WINDOW} windows, so nothing ever leaves it here, and "
+            "its bytes are those of a full key/value cache of all layers: the figures show what a look-up of the "
+            "nearest keys recalls, not what a memory saves.",
+            "RAG answers from one search over the whole corpus, which is copied to every distance: where a passage "
+            "stood plays no part in it, so its equal points are one measurement.",
         )
 
 
@@ -297,7 +302,7 @@ def _read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
         return model.body.stream(tokens, state)[1]
 
 
-def _recall_by_search(model: Decoder, search: "_Search", documents: Documents) -> Iterator[Measurement]:
+def _recall_by_search(model: Decoder, search: Search, documents: Documents) -> Iterator[Measurement]:
     """One search over the whole corpus answers at every distance alike: where a passage stood plays no part in it."""
     answers, hits = search.answers(model, documents.questions), search.hits(documents)
     for repeat, hit in enumerate(hits):
@@ -329,59 +334,6 @@ def _loss(model: Decoder, text: TextSplits, size: _Size, device: torch.device) -
             logits = model(tokens[:, :-1])[:, 1 - WINDOW :, :_BYTES]
         for repeat, value in enumerate(bits_per_byte(logits, tokens[:, 1 - WINDOW :]).tolist()):
             yield Measurement("bits_per_byte", "bit", value, x=history, x_unit="windows", repeat=repeat)
-
-
-class _Search:
-    """Passages of a corpus in an index, and a reader who sees the best one and the question in its window."""
-
-    def __init__(self, arm: str, corpus: list[str]) -> None:
-        self.passages = [passage for text in corpus for passage in _passages(text)]
-        self.is_vector = arm == "rag_vector"
-        index: PassageIndex
-        if self.is_vector:
-            index = vectors = VectorIndex(HashedNgrams(_FEATURES).fitted(self.passages))
-            vectors.add(self.passages)
-        else:
-            index = by_words = BM25Index()
-            by_words.add(self.passages)
-        # one passage, for a reader that does not compare names could not tell two keys apart
-        template = f"{{passages}}{{query}}{chr(QUERY_TOKEN)}"
-        self._augmented = RetrievalAugmented(index, num_passages=1, template=template, separator="")
-
-    def prompts(self, questions: Tensor) -> list[str]:
-        """What the reader is given for each question, [B, FACT_LEN]."""
-        queries = [spelled(question[:-1]) for question in questions.tolist()]
-        return [self._augmented.prompt(query, max_len=WINDOW).text for query in queries]
-
-    def hits(self, documents: Documents) -> list[bool]:
-        """Whether the prompt of each document's question holds its whole fact.
-
-        A passage that begins within the name is no hit, though it can still hold the key, and so answer the question.
-        """
-        facts = map(spelled, documents.facts.tolist())
-        return [fact in prompt for fact, prompt in zip(facts, self.prompts(documents.questions), strict=True)]
-
-    def answers(self, model: Decoder, questions: Tensor) -> Tensor:
-        """The likeliest key after each prompt, [B]; shorter prompts are padded in front."""
-        prompts = [unspelled(prompt) for prompt in self.prompts(questions)]
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=questions.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=questions.device)
-        key_mask = torch.arange(longest, device=questions.device) >= longest - lengths[:, None]
-        with torch.no_grad():
-            last = model.body(tokens, key_mask=key_mask)[:, -1]
-        return nn.functional.linear(last, model.body.embedding.weight[FIRST_KEY_TOKEN:]).argmax(dim=1)
-
-    def stored_bytes(self, text: str) -> int:
-        """What the index keeps of a text: its passages, and their vectors or an entry for each of their words."""
-        passages = _passages(text)
-        if self.is_vector:
-            return sum(4 * _FEATURES + len(passage) for passage in passages)
-        return sum(_BM25_ENTRY * len(set(words(passage))) + len(passage) for passage in passages)
-
-
-def _passages(text: str) -> list[str]:
-    return chunk_tokens(text, _PASSAGE_LEN, _PASSAGE_STRIDE)
 
 
 EXPERIMENT = FixedContextWindow()

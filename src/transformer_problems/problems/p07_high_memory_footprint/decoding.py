@@ -19,6 +19,7 @@ from transformer_problems.lab.meters.memory import peak_memory_bytes
 from transformer_problems.lab.meters.quality import bits_per_byte
 from transformer_problems.lab.training import TrainingPlan, train
 from transformer_problems.models.decoder import Decoder
+from transformer_problems.models.stack import StackState
 from transformer_problems.problems.p07_high_memory_footprint.bill import Bill
 from transformer_problems.problems.p07_high_memory_footprint.training_step import NUM_HEADS, VOCAB_SIZE
 from transformer_problems.solutions.attention.attention_sinks import AttentionSinks
@@ -103,7 +104,8 @@ def _cache(
 def decoding_bill(arm: str, plan: CachePlan, length: int, text: TextSplits, device: torch.device) -> Bill:
     """Bytes of decoding the last tokens of one text.
 
-    The state before them is copied within the measured call, so that the allocator counts all of its memory.
+    The state before them is copied within the measured call, so that the allocator counts all of its memory. Pages are
+    never copied: what their pool reserved is added.
     """
     model = build_model(arm, plan, length, device)
     tokens = _texts(text, 1, length, device)
@@ -118,7 +120,7 @@ def decoding_bill(arm: str, plan: CachePlan, length: int, text: TextSplits, devi
         held = state.num_bytes
 
     with torch.no_grad():
-        peak = peak_memory_bytes(decode, device=device)
+        peak = peak_memory_bytes(decode, device=device) + _reserved_bytes(before)
     weights = sum(p.nbytes for p in model.parameters())
     size = DecoderSize(
         plan.layers, plan.width, NUM_HEADS, VOCAB_SIZE, num_kv_heads=_KV_HEADS.get(arm, NUM_HEADS), rotary=True
@@ -127,6 +129,12 @@ def decoding_bill(arm: str, plan: CachePlan, length: int, text: TextSplits, devi
         measured={"weight": weights, "cache": held, "activation": peak - held},
         predicted={"weight": size.num_parameters * 4, "cache": _predicted_cache(arm, size, length)},
     )
+
+
+def _reserved_bytes(state: StackState) -> int:
+    """What the pools that a state's pages come from hold, in use or not."""
+    pools = {id(cache.pool): cache.pool for cache in state.layers if isinstance(cache, PagedKVCache)}
+    return sum(pool.num_bytes for pool in pools.values())
 
 
 def _predicted_cache(arm: str, size: DecoderSize, length: int) -> int:

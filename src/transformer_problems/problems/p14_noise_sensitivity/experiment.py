@@ -129,6 +129,8 @@ class NoiseSensitivity:
         x_label="share of the input that is noise",
         y_label="answered correctly (chance 0.125)",
         better="higher",
+        x_log_rest=True,
+        y_from=0.0,
         draws=("dense", "topk", "pruning", "packed", "gated"),
     )
     columns = (
@@ -189,10 +191,20 @@ class NoiseSensitivity:
         assert last is not None
         assert mass is not None
         more = float(flops[1].mean() / flops[0].mean())  # type: ignore[union-attr]
+        by_seed = ", ".join(f"{accuracy:.0%}" for accuracy in last.mean(axis=1))
+        seeds = f" ({by_seed} by seed)" if len(last) > 1 else ""
         return (
-            f"With {_SHARES[-1]:.0%} noise, dense attention without a mask answers {last.mean():.0%} instead of "
-            f"{first.mean():.0%}; the noise gets {mass.mean():.0%} of its attention and makes each example "
+            f"With {_SHARES[-1]:.0%} noise, dense attention without a mask answers {last.mean():.0%}{seeds} instead "
+            f"of {first.mean():.0%}; the noise gets {mass.mean():.0%} of its attention and makes each example "
             f"{more:.0f} times as much work."
+        )
+
+    def notes(self, results: Results) -> tuple[str, ...]:
+        return (
+            f"Two methods are told how much evidence there is: top-k keeps {NUM_NEEDLES} keys, exactly as many as "
+            f"there are pieces of evidence, and token pruning keeps {_KEPT} tokens, the reading token, the evidence "
+            "and little more. What they gain where nobody knows that number is not measured. Entmax, learned "
+            "thresholds and gates are told nothing; masks are told which tokens are padding.",
         )
 
 
