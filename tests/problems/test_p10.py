@@ -1,4 +1,4 @@
-"""Problem 10: every arm measures what is shown, spikes are planted, diverged runs are counted and do not stop a cell."""
+"""Problem 10: every arm measures what is shown, spikes are planted, diverged runs count and do not stop a cell."""
 
 import math
 from pathlib import Path

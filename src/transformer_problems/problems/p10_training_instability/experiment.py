@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ _VOCAB_SIZE = 256
 _WARMUP_STEPS = 30
 _DECAY = 0.01  # of the weights: AdamW's, and the L2 penalty it is compared with
 _SPIKE_EVERY, _SPIKE = 20, 1000.0  # a planted bad batch: its gradient is this many times too large
+_NAMES = {"post_norm": "the baseline", "pre_norm": "pre-norm", "all": "all four together"}
 _PRE_NORM = {"pre_norm", "all"}
 _SPIKED = {"spiked", "clip_norm", "clip_value", "clip_adaptive"}
 _CLIPPING = {
@@ -179,11 +181,53 @@ class TrainingInstability:
         means = {rate: float(samples.mean()) for rate, samples in curve.items() if samples is not None}
         best, growth = min(means, key=lambda rate: means[rate]), results.samples("post_norm", "gradient_growth")
         assert growth is not None
+        diverged = results.samples("post_norm", "diverged_share")
+        assert diverged is not None
         return (
             f"A deep post-norm model under plain Adam ends at {means[best]:.2f} bits per byte with a learning rate "
-            f"of {best:.2g}, and at {means[rates[-1]]:.2f} with {rates[-1]:.2g}; before training, the gradient of its "
-            f"last layer is {growth.mean():.1f} times that of its first."
+            f"of {best:.2g}, and at {means[rates[-1]]:.2f} with {rates[-1]:.2g}; {diverged.mean():.0%} of its runs "
+            f"diverge. Before training, the gradient of its last layer is {growth.mean():.1f} times that of its first."
         )
+
+    def notes(self, results: Results) -> tuple[str, ...]:
+        size = _SIZES["standard"]
+        told = [
+            f"At standard scale, deep means {size.layers} layers of width {size.width}, trained for {size.steps} steps "
+            f"of {size.batch_size} windows of {_LENGTH} bytes: too few for the lowest rates.",
+            f"A planted spike is a bad batch: the loss of every {_SPIKE_EVERY}th step times {_SPIKE:,.0f}.",
+            "A run has diverged where it ends at a loss that is not finite, or not below that of the untrained model. "
+            "Of such a model the loss is above 8 bits, since its guesses are worse than uniform ones.",
+        ]
+        above = {arm: excess_above_best(results, arm) for arm in ("post_norm", "pre_norm", "all")}
+        if all(excess is not None for excess in above.values()):
+            told.append(
+                "Sensitivity counts rates that are too low for so few steps as well as those that are too high. Of the "
+                "excess over the best loss, the mean over rates above the best one is "
+                + ", ".join(f"{excess:.2f} bits for {_NAMES[arm]}" for arm, excess in above.items())
+                + "."
+            )
+        told.append(
+            f"AdamW's decay of {_DECAY} takes {_DECAY * 1e-3 * size.steps:.1%} of the weights away in {size.steps} "
+            "steps at a rate of 0.001, which is next to nothing: the verdict compares Adam without decay with Adam "
+            "under an L2 penalty of the same figure. Losses are reported beside it."
+        )
+        return tuple(told)
+
+
+def excess_above_best(results: Results, arm: str) -> float | None:
+    """Mean excess over the arm's own best loss at the rates above its best one, bits; None where nothing was measured.
+
+    The mean is over seeds, each with its own best rate; a seed whose best rate is the highest has none.
+    """
+    rates = results.xs(arm, "bits_per_byte")
+    curves = [results.samples(arm, "bits_per_byte", rate) for rate in rates]
+    measured = [curve[:, 0] for curve in curves if curve is not None]
+    if not measured:
+        return None
+    losses = np.stack(measured, axis=1)  # [seeds, rates]
+    excess = losses - losses.min(axis=1, keepdims=True)
+    above = np.arange(losses.shape[1]) > losses.argmin(axis=1)[:, None]
+    return float((excess * above).sum(axis=1).mean() / len(rates))
 
 
 def _new_model(arm: str, size: _Size, seed: int) -> Decoder:
