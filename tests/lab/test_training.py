@@ -200,3 +200,60 @@ def test_steps_and_seconds_are_looked_at_when_they_come() -> None:
 def test_a_plan_without_steps_is_refused() -> None:
     with pytest.raises(ArgumentError, match="steps must be positive; got 0"):
         TrainingPlan(steps=0)
+
+
+def cut_at_17(model: nn.Module, step: int) -> Tensor:
+    if step == 17:
+        raise PowerCut
+    return batch_loss(model, step)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        TrainingPlan(steps=40, checkpoint_every=10),
+        TrainingPlan(steps=30, checkpoint_every=10, seed=1),
+        TrainingPlan(steps=30, checkpoint_every=10, recipe=plain_recipe(0.1)),
+        TrainingPlan(steps=30, recipe=TrainingRecipe(lambda model: torch.optim.SGD(model.parameters(), lr=3e-3))),
+    ],
+    ids=["steps", "seed", "learning rate", "optimizer"],
+)
+def test_a_checkpoint_of_another_plan_is_refused(other: TrainingPlan, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run.checkpoint"
+    with pytest.raises(PowerCut):
+        train(make_model(), cut_at_17, TrainingPlan(steps=30, checkpoint_every=10), checkpoint=checkpoint)
+    model = make_model()
+    before = weights(model).clone()
+    with pytest.raises(ArgumentError, match=r"checkpoint .*run\.checkpoint is of another plan: it was begun with .*30"):
+        train(model, batch_loss, other, checkpoint=checkpoint)
+    assert checkpoint.exists() and torch.equal(weights(model), before)
+
+
+def test_names_with_points_have_partial_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    save = torch.save
+
+    def watched_save(state: object, path: Path) -> None:
+        written.append(path)
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", watched_save)
+    for name in ("run.lr0.1", "run.lr0.2"):
+        train(make_model(), batch_loss, TrainingPlan(steps=2, checkpoint_every=2), checkpoint=tmp_path / name)
+    assert [path.name for path in written] == ["run.lr0.1.partial", "run.lr0.2.partial"]
+
+
+def test_divergence_leaves_running_means_alone() -> None:
+    with seeded(0, "model"):
+        model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        value = batch_loss(model, step)
+        seen.append(model[1].running_mean.clone())
+        return value * float("nan") if step == 3 else value
+
+    with pytest.raises(DivergedError, match="the loss is nan at step 3"):
+        train(model, loss, TrainingPlan(steps=5))
+    assert len(seen) == 5 and not torch.equal(seen[4], seen[3])
+    assert torch.equal(model[1].running_mean, seen[3])  # that of the pass which failed, not of the one that looks

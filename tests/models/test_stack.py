@@ -16,6 +16,7 @@ from transformer_problems.solutions.attention.differential import DifferentialAt
 from transformer_problems.solutions.attention.gated import GatedAttention
 from transformer_problems.solutions.attention.longformer import LongformerAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.normalization.pre_norm import PreNorm
 from transformer_problems.solutions.position.learned import LearnedPositions
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
@@ -70,7 +71,7 @@ def test_a_mixer_in_place_of_what_makes_one_is_refused() -> None:
 def test_misplaced_parts_are_refused() -> None:
     with pytest.raises(CombinationError, match="RotaryEmbedding acts inside attention"):
         Decoder(VOCAB, WIDTH, 2, lambda: SelfAttention(WIDTH, HEADS), position=RotaryEmbedding(4))
-    with pytest.raises(CombinationError, match="Encoder needs mixers with is_causal=False"):
+    with pytest.raises(CombinationError, match="this model needs mixers with is_causal=False"):
         Encoder(VOCAB, WIDTH, 2, lambda: SelfAttention(WIDTH, HEADS))
 
 
@@ -82,6 +83,21 @@ def test_long_skips_of_another_size_are_refused(skips: LongSkips) -> None:
         Decoder(VOCAB, WIDTH, 3, lambda: SelfAttention(WIDTH, HEADS), skips=UNetSkips(2 * WIDTH, 3))
     with pytest.raises(CombinationError, match=r"DenseSkips is a class, not an instance\. Pass DenseSkips\("):
         Decoder(VOCAB, WIDTH, 3, lambda: SelfAttention(WIDTH, HEADS), skips=DenseSkips)
+
+
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (PreNorm(WIDTH), r"residual must be a function .*got PreNorm itself. Pass e.g. residual=PreNorm\."),
+        (None, "residual must be a function .*got NoneType itself"),
+        (DeepNorm, r"DeepNorm is not: missing a required .*'num_layers'.*partial\(DeepNorm, num_layers=12\)"),
+        (lambda width: PreNorm(width), "residual must be callable as residual"),
+        (partial(DeepNorm, num_layers=99), "DeepNorm is built for num_layers=99, but its place here has num_layers=4"),
+    ],
+)
+def test_a_residual_that_does_not_fit_is_refused(residual: object, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Decoder(VOCAB, WIDTH, 4, lambda: SelfAttention(WIDTH, HEADS), residual=residual)  # type: ignore[arg-type]
 
 
 def test_a_mixer_that_a_residual_cannot_adopt_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
-from transformer_problems.core.errors import DivergedError
+from transformer_problems.core.errors import ArgumentError, DivergedError
 from transformer_problems.core.seeding import seeded
 from transformer_problems.solutions.training.adamw import adamw
 from transformer_problems.solutions.training.clipping import GradientClipping
@@ -87,12 +87,14 @@ def train(
         at_steps: Called once when `plan.steps` are done; neither its time nor that of `at_seconds` is counted.
         at_seconds: Called once when `plan.min_train_s` have passed, before or after `at_steps`.
         progress: Told the finished fraction.
-        checkpoint: File to resume from and to save to; removed when training is complete.
+        checkpoint: File to resume from and to save to; removed when training is complete. A run that resumes beyond the
+            point of a look does not look again, so a look has to keep what it finds where another process finds it.
 
     Returns:
         The log; `train_s` counts steps only.
 
     Raises:
+        ArgumentError: If the checkpoint is of another plan: other steps, seed, optimizer or learning rates.
         DivergedError: If a loss or a gradient is not finite; it names the step and the first layer that gave such
             numbers. The last checkpoint stays where it is, and the weights are as they were before that step.
     """
@@ -100,7 +102,7 @@ def train(
     with seeded(plan.seed, "training"):
         course = plan.recipe.start(model, plan.steps)
         if checkpoint is not None and checkpoint.exists():
-            _resume(checkpoint, model, course, log)
+            _resume(checkpoint, model, course, log, plan)
         model.train()
         while log.steps < plan.steps or log.train_s < plan.min_train_s:
             started = time.perf_counter()
@@ -114,7 +116,7 @@ def train(
             if before_s < plan.min_train_s <= log.train_s and at_seconds is not None:
                 _look_at(model, at_seconds)
             if checkpoint is not None and log.steps % plan.checkpoint_every == 0:
-                _save(checkpoint, model, course, log)  # after the looks: one that is cut short is done again
+                _save(checkpoint, model, course, log, plan)  # after the looks: one that is cut short is done again
     model.eval()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -148,20 +150,37 @@ def _fraction(log: TrainingLog, plan: TrainingPlan) -> float:
     return by_steps if plan.min_train_s == 0 else min(by_steps, log.train_s / plan.min_train_s, 1.0)
 
 
-def _save(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog) -> None:
+def _save(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog, plan: TrainingPlan) -> None:
     state: dict[str, Any] = {
+        "plan": _marks(plan, course),
         "model": model.state_dict(),
         "course": course.state_dict(),
         "log": {"steps": log.steps, "train_s": log.train_s, "losses": log.losses},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     torch.save(state, partial)
     partial.replace(path)  # a checkpoint is whole or absent, whenever the process dies
 
 
-def _resume(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog) -> None:
+def _resume(path: Path, model: nn.Module, course: TrainingCourse, log: TrainingLog, plan: TrainingPlan) -> None:
     state = torch.load(path, weights_only=True, map_location="cpu")  # where Adam's step counts belong
+    begun, wanted = state.get("plan"), _marks(plan, course)
+    if begun != wanted:
+        raise ArgumentError(
+            f"checkpoint {path} is of another plan: it was begun with {begun}, this plan has {wanted}. Remove the file "
+            "to train anew, or go on with the plan it was begun with."
+        )
     model.load_state_dict(state["model"])
     course.load_state_dict(state["course"])
     log.steps, log.train_s, log.losses = state["log"]["steps"], state["log"]["train_s"], state["log"]["losses"]
+
+
+def _marks(plan: TrainingPlan, course: TrainingCourse) -> dict[str, Any]:
+    """What tells plans apart, as far as it can be written down: schedules and clipping are functions."""
+    return {
+        "steps": plan.steps,
+        "seed": plan.seed,
+        "optimizer": type(course.optimizer).__name__,
+        "learning_rates": [float(group["initial_lr"]) for group in course.optimizer.param_groups],
+    }

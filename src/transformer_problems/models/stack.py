@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -95,9 +96,9 @@ class TransformerStack(nn.Module):
         tokens: [B, N] int; key_mask: [B, N] bool; positions: [N] or [B, N]; output: [B, N, C].
 
     Raises:
-        CombinationError: If a mixer's causality or width, or the position encoding does not fit.
-        ArgumentError: If a size is not positive, `mixer` is a mixer in place of what makes one, or an input's shape or
-            dtype is wrong.
+        CombinationError: If a mixer's causality or width, the residual or the position encoding does not fit.
+        ArgumentError: If a size is not positive, `mixer` or `residual` is a part in place of what makes one, or an
+            input's shape or dtype is wrong.
     """
 
     def __init__(
@@ -182,8 +183,9 @@ def stack_layers(
     """Layers of one width, each with a mixer of its own.
 
     Raises:
-        CombinationError: If a mixer's causality or width does not fit.
-        ArgumentError: If the number is not positive, or `mixer` is a mixer in place of what makes one.
+        CombinationError: If a mixer's causality or width, or the residual's number of layers does not fit.
+        ArgumentError: If the number is not positive, or `mixer` or `residual` is a part in place of what makes one, or
+            cannot be called as such.
     """
     require_positive_int(num_layers=num_layers)
     if isinstance(mixer, nn.Module):
@@ -192,21 +194,41 @@ def stack_layers(
             f"mixer must be a function that makes a layer's mixer; got the {name} itself, which all layers would "
             f"share. Pass mixer=lambda: {name}(...)."
         )
-    return TransformerLayers(
+    _check_residual_factory(residual)
+    layers = TransformerLayers(
         TransformerBlock(
             embed_dim, _checked(mixer(), embed_dim, is_causal), residual=residual, device=device, dtype=dtype
         )
         for _ in range(num_layers)
     )
+    for block in layers:
+        check_built_for(block.mixer_residual, num_layers=num_layers)
+    return layers
+
+
+def _check_residual_factory(residual: object) -> None:
+    if isinstance(residual, nn.Module) or not callable(residual):
+        name = type(residual).__name__
+        raise ArgumentError(
+            f"residual must be a function that makes what joins a sublayer to its input; got {name} itself. Pass e.g. "
+            "residual=PreNorm."
+        )
+    try:
+        signature(residual).bind(1, device=None, dtype=None)
+    except TypeError as error:
+        name = getattr(residual, "__name__", type(residual).__name__)
+        raise ArgumentError(
+            f"residual must be callable as residual(embed_dim, device=..., dtype=...); {name} is not: {error}. Give "
+            "what is missing with functools.partial, e.g. partial(DeepNorm, num_layers=12)."
+        ) from error
 
 
 def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:
     check_built_for(mixer, embed_dim=embed_dim)
     if mixer.is_causal != is_causal:
-        owner, needed = ("Decoder", True) if is_causal else ("Encoder", False)
         raise CombinationError(
-            f"{owner} needs mixers with is_causal={needed}; {type(mixer).__name__} has "
-            f"is_causal={mixer.is_causal}. Build it with is_causal={needed}."
+            f"this model needs mixers with is_causal={is_causal}; {type(mixer).__name__} has "
+            f"is_causal={mixer.is_causal}. Build it with is_causal={is_causal}."
         )
     return mixer
 

@@ -1,10 +1,15 @@
 """Adam against the update of the paper in float64, with and without an L2 penalty."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.training.adam import adam
+from transformer_problems.solutions.training.adamw import adamw
 from transformer_problems.solutions.training.recipe import TrainingRecipe
 
 
@@ -33,3 +38,20 @@ def test_the_size_of_the_gradient_does_not_matter_to_the_first_step() -> None:
     TrainingRecipe(adam(0.01)).start(model, num_steps=1).step((model.weight * slopes).sum())
     # epsilon, 1e-8, is a hundred thousandth of the smallest gradient
     torch.testing.assert_close(before - model.weight.detach(), 0.01 * slopes.sign(), atol=0, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adam(math.inf), "learning_rate must be finite; got inf"),
+        (lambda: adam(math.nan), "learning_rate must be positive; got nan"),
+        (lambda: adamw(0.0), "learning_rate must be positive; got 0.0"),
+        (lambda: adam(1e-3, l2=-1.0), "l2 must be a finite number, not negative; got -1.0"),
+        (lambda: adamw(1e-3, weight_decay=math.nan), "weight_decay must be a finite number, not negative; got nan"),
+        (lambda: adamw(1e-3, betas=(0.9, 1.0)), r"betas must be two numbers from 0 to below 1; got \(0.9, 1.0\)"),
+        (lambda: adam(1e-3, betas=(-0.1, 0.9)), "betas must be two numbers from 0 to below 1"),
+    ],
+)
+def test_bad_numbers_are_refused_before_there_is_a_model(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()

@@ -148,3 +148,21 @@ def test_planted_spikes_no_longer_throw_the_model_off(method: ClippingMethod) ->
 def test_bad_arguments_are_refused(arguments, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         GradientClipping(*arguments)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e25), (torch.float32, 1e37), (torch.float16, 1e4)])
+@pytest.mark.parametrize("method", METHODS)
+def test_finite_gradients_whose_norm_overflows_are_clipped(
+    method: ClippingMethod, dtype: torch.dtype, scale: float
+) -> None:
+    """As in float64, where nothing overflows."""
+    parameters, exact = [nn.Parameter(torch.ones(20, 20, dtype=dtype))], [nn.Parameter(torch.ones(20, 20).double())]
+    signs = torch.randint(0, 2, (20, 20), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    parameters[0].grad = (scale * signs).to(dtype)
+    exact[0].grad = parameters[0].grad.double()
+    assert not nn.utils.get_total_norm(gradients(parameters)).isfinite()
+    norm = GradientClipping(0.5, method)(parameters)
+    torch.testing.assert_close(norm, GradientClipping(0.5, method)(exact), atol=0, rtol=1e-14)
+    # one rounding to the dtype
+    step = float(torch.finfo(dtype).eps)
+    torch.testing.assert_close(parameters[0].grad.double(), exact[0].grad, atol=0, rtol=step)

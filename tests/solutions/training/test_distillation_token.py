@@ -120,3 +120,39 @@ def test_what_does_not_fit_is_refused() -> None:
         token_distillation_loss(logits, logits, logits, TARGETS, kind="soft", temperature=0)
     with pytest.raises(ArgumentError, match="alpha must be a share from 0 to 1; got 2"):
         token_distillation_loss(logits, logits, logits, TARGETS, kind="soft", alpha=2)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.full((6,), -100), "targets must hold at least one label; all are -100"),
+        (torch.rand(6, 5), r"targets must be torch.int64 \[6\].*got torch.float32 \[6, 5\]"),
+        (TARGETS[:4], r"targets must be torch.int64 \[6\].*got torch.int64 \[4\]"),
+        (TARGETS + 1, "targets must be classes from 0 to 4, or -100; got 1 to 5"),
+        (TARGETS - 1, "targets must be classes from 0 to 4, or -100; got -1 to 3"),
+    ],
+)
+def test_targets_that_are_no_labels_are_refused(targets: Tensor, message: str, kind: Kind) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        token_distillation_loss(draw(0), draw(1), draw(2), targets, kind=kind)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="targets must hold at least one label"):
+        token_distillation_loss(draw(0)[:0], draw(1)[:0], draw(2)[:0], TARGETS[:0])
+
+
+def test_an_image_without_label_learns_from_the_teacher_alone() -> None:
+    own, distilled, teacher, targets = draw(0), draw(1), draw(2), TARGETS.clone()
+    targets[2] = -100
+    labelled = targets != -100
+    expected = cross_entropy(own[labelled], targets[labelled]) / 2 + cross_entropy(distilled, teacher.argmax(1)) / 2
+    loss = token_distillation_loss(own, distilled, teacher, targets)
+    torch.testing.assert_close(loss, expected, atol=1e-14, rtol=0)  # float64 sums of six terms of order one
+
+
+def test_a_term_without_weight_may_be_infinite() -> None:
+    forbidden = draw(0).scatter(1, TARGETS[:, None], float("-inf"))
+    for own, distilled, alpha in ((forbidden, draw(1), 1.0), (draw(0), torch.full((6, 5), float("-inf")), 0.0)):
+        assert token_distillation_loss(own, distilled, draw(2), TARGETS, kind="soft", alpha=alpha).isfinite()

@@ -96,3 +96,11 @@ def test_it_leaves_no_trace() -> None:
     with pytest.raises(RuntimeError, match="no forward pass"):
         first_nonfinite_layer(model, fail)
     assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == before
+
+
+def test_buffers_and_random_numbers_are_as_before() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    buffers, random = {name: buffer.clone() for name, buffer in model.named_buffers()}, torch.get_rng_state()
+    assert first(model, torch.full((3, 4), float("nan"))) == "0"
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), random)

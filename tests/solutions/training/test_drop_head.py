@@ -175,10 +175,12 @@ PEAK = 0.4
     [
         (20, 101, {0: 0.4, 5: 0.3, 10: 0.2, 20: 0.0, 40: 0.1, 60: 0.2, 100: 0.4, 101: 0.4, 500: 0.4}),
         (None, 201, {0: 0.4, 10: 0.2, 20: 0.0, 110: 0.2, 200: 0.4}),  # a tenth
-        (0, 11, {0: 0.0, 5: 0.2, 10: 0.4}),
-        (8, 5, {0: 0.4, 4: 0.2, 5: 0.2, 100: 0.2}),  # a training shorter than its warmup
-        (4, 5, {0: 0.4, 4: 0.0, 5: 0.0}),
-        (None, 1, {0: 0.0, 1: 0.0}),
+        (0, 12, {0: 0.4, 1: 0.0, 6: 0.2, 11: 0.4}),  # a fall within one step
+        (None, 7, {0: 0.4, 1: 0.0, 6: 0.4}),  # of which a tenth is less than a step
+        (8, 5, {0: 0.4, 2: 0.2, 3: 0.1, 4: 0.4, 100: 0.4}),  # a training shorter than its warmup
+        (4, 5, {0: 0.4, 2: 0.2, 4: 0.4, 5: 0.4}),
+        (None, 2, {0: 0.4, 1: 0.4}),
+        (None, 1, {0: 0.4, 1: 0.4}),
     ],
 )
 def test_known_rates(num_warmup_steps: int | None, num_steps: int, rates: dict[int, float]) -> None:

@@ -12,7 +12,7 @@ from transformer_problems.core.seeding import seeded
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.models.llama import LlamaConfig, LlamaDecoder
-from transformer_problems.models.vision import VisionTransformer
+from transformer_problems.models.vision import Pool, VisionTransformer
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.position.learned import LearnedPositions
 from transformer_problems.solutions.residual.unet_skips import UNetSkips
@@ -56,9 +56,9 @@ def decoder() -> Decoder:
     return Decoder(VOCAB, WIDTH, LAYERS, lambda: SelfAttention(WIDTH, 2))
 
 
-def vision() -> VisionTransformer:
+def vision(pool: Pool = "class") -> VisionTransformer:
     patches = PatchEmbedding(WIDTH, 2, in_channels=1)
-    return VisionTransformer(patches, (4, 4), LAYERS, lambda: SelfAttention(WIDTH, 2, is_causal=False), num_classes=2)
+    return VisionTransformer(patches, (4, 4), LAYERS, lambda: SelfAttention(WIDTH, 2, is_causal=False), 2, pool=pool)
 
 
 def llama(*, tied: bool) -> LlamaDecoder:
@@ -71,6 +71,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {  # wit
     "llama": (lambda: llama(tied=False), {"embedding"}, {"norm", "head"}),
     "tied llama": (lambda: llama(tied=True), {"embedding"}, {"norm"}),
     "vision": (vision, {"class_tokens", "positions", "patches"}, {"norm", "head"}),
+    "pooled vision": (lambda: vision(pool="attention"), {"positions", "patches"}, {"norm", "head", "score"}),
     "plain vision": (PlainVision, {"class_token", "positions", "patches"}, {"norm", "head"}),
 }
 
@@ -154,6 +155,15 @@ def test_layers_may_be_named() -> None:
         assert [found[f"{i}.weight"] for i in range(4)] == [0.125, 0.25, 0.5, 1.0]
 
 
+def test_a_parameter_of_the_models_own_counts_as_embedding_wherever_it_stands() -> None:
+    """PyTorch keeps no order between parameters and modules."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(2))
+    model.scale = nn.Parameter(torch.ones(()))
+    found = rates(model, TrainingRecipe(adamw(1.0, groups=layerwise_learning_rates(0.5))).start(model, 10))
+    assert found["scale"] == 0.5**3
+
+
 def test_layer_1_is_not_layer_10() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(1, 1) for _ in range(11))})
     found = rates(model, TrainingRecipe(adamw(1.0, groups=layerwise_learning_rates(0.5))).start(model, 10))
@@ -175,14 +185,19 @@ def learning(model: nn.Module) -> set[str]:
 def test_one_layer_more_learns_after_every_so_many_steps(name: str) -> None:
     model, x, depth = build(name), example(name), depths(name, build(name))
     course = TrainingRecipe(adamw(0.01), regulators=(GradualUnfreezing(2),)).start(model, 20)
+    reached: set[str] = set()
+    course.optimizer.register_step_pre_hook(
+        lambda *_: reached.update(n for n, p in model.named_parameters() if p.grad is not None and p.grad.any())
+    )
     for step in range(2 * LAYERS + 6):
+        reached.clear()
         expected = {parameter for parameter in depth if depth[parameter] <= step // 2}
         assert learning(model) == expected
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         course.step(model(x).square().mean())
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         # the bias of keys shifts all scores of a query alike, which softmax does not notice; weight decay moves it
-        assert moved == {n for n in expected if before[n].any() or model.get_parameter(n).grad.any()}
+        assert moved == {n for n in expected if before[n].any() or n in reached}
     assert expected == set(depth)
 
 
@@ -200,7 +215,8 @@ def test_a_frozen_layer_has_no_state_until_it_learns() -> None:
     course = TrainingRecipe(adamw(0.01), regulators=(GradualUnfreezing(3),)).start(model, 20)
     for _ in range(4):
         course.step(model(x).square().mean())
-    counts = {n: int(course.optimizer.state[p]["step"]) for n, p in model.named_parameters() if p.grad is not None}
+    state = course.optimizer.state
+    counts = {n: int(state[p]["step"]) for n, p in model.named_parameters() if p in state}
     assert {count for name, count in counts.items() if name.startswith("head")} == {4}
     assert {count for name, count in counts.items() if name.startswith("body.blocks.2")} == {1}
     assert not any(name.startswith("body.blocks.1") for name in counts)

@@ -273,6 +273,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for share in (0.0, 0.03, 0.97, 1.0):
         with pytest.raises(ArgumentError, match=rf"mask_share must hide at least one of 16 .* {share} hides (0|16)\."):
             build(mask_share=share)(images, generator=draws())
+    with pytest.raises(ArgumentError, match=r"images must hold at least one; got \[0, 2, 12, 12\]"):
+        build()(images[:0], generator=draws())
     with pytest.raises(ArgumentError, match="mask_share must be a share from 0 to 1; got 75"):
         build(mask_share=75)
     model = build()

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -282,18 +284,6 @@ def test_copies_of_the_weights_live_for_one_step_only() -> None:
         assert alive() == before
 
 
-def test_a_copy_of_the_model_does_not_copy_the_monitor() -> None:
-    """A running average of the weights, copied inside the loop and run without gradients, leaves no trace."""
-    model = decoder()
-    optimizer = optim.SGD(model.parameters(), lr=0.01)
-    with TrainingMonitor(model, optimizer, every=1) as monitor:
-        average = copy.deepcopy(model)
-        with torch.no_grad():
-            average(tokens(7))
-        train(model, optimizer, 1)
-    assert [record.largest_logit for record in monitor.records] == [row[2] for row in figures(decoder())]
-
-
 class Work(TorchDispatchMode):
     """Counts calls of PyTorch's operations, and the numbers they write."""
 
@@ -383,3 +373,22 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"Linear has none\. Pass layers=\[\.\.\.\]"):
         TrainingMonitor(single, optim.SGD(single.parameters(), lr=0.01))
     assert hooks_of(model, optimizer) == before
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_meanwhile_is_not_watched(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    """One that runs with gradients before the model itself leaves no trace, and can be copied again."""
+    model = decoder()
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    with TrainingMonitor(model, optimizer, every=1) as monitor:
+        other = duplicate(model)
+        backward(other, 7)
+        assert all(map(torch.equal, saved(other).parameters(), model.parameters()))
+        train(model, optimizer, 1)
+    assert [record.largest_logit for record in monitor.records] == [row[2] for row in figures(decoder())]

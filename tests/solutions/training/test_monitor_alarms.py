@@ -18,6 +18,7 @@ from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.training.monitor import TrainingMonitor
 from transformer_problems.solutions.training.monitor_alarms import Alarm, AlarmThresholds, find_alarms
 from transformer_problems.solutions.training.monitor_layers import LayerRecord
+from transformer_problems.solutions.training.monitor_statistics import token_similarity
 
 VOCAB, WIDTH, HEADS, LENGTH = 32, 32, 2, 24
 RATE = 3e-3
@@ -107,11 +108,21 @@ def test_a_gradient_ten_thousand_times_too_large_explodes() -> None:
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_a_gradient_that_is_no_number_explodes(factor: float) -> None:
-    alarm = only(watched(decoder(), fault=lambda model: factor)[0], "exploding gradients")
+def test_a_gradient_that_is_no_number_is_called_so(factor: float) -> None:
+    monitor, _ = watched(decoder(), fault=lambda model: factor)
+    alarm = only(monitor, "numbers that are not finite")
     assert (alarm.step, alarm.threshold) == (FAULTY_STEP, None)
     assert not math.isfinite(alarm.measured)
-    assert f"Measured {alarm.measured:.3g}. Try gradient-clipping" in str(alarm)
+    assert "Look for them in the batch, and lower the learning rate." in str(alarm)
+    assert f"Measured {alarm.measured:.3g}. Try learning-rate-warmup." in str(alarm)
+    assert "exploding gradients" not in [alarm.kind for alarm in monitor.alarms()]
+
+
+@pytest.mark.parametrize("kind", ["exploding gradients", "update too large"])
+def test_the_first_advice_against_steps_that_are_too_long_is_a_lower_rate(kind: str) -> None:
+    fault, rate = {"exploding gradients": (1e4, RATE), "update too large": (None, 100 * RATE)}[kind]
+    alarm = only(watched(decoder(), rate=rate, fault=lambda model: fault)[0], kind)
+    assert alarm.sentence.endswith("Lower the learning rate first.")
 
 
 def test_gradients_vanish_in_a_stack_without_skips() -> None:
@@ -199,6 +210,8 @@ def test_gradients_vanish_from_the_first_layer_on_only() -> None:
     assert (alarm.layers, alarm.measured) == (("1", "2"), 0.001)
     assert kinds(sample(1.0, 0.001, 1.0)) == kinds(sample(0.01, 1.0)) == kinds(sample(0.0, 0.0)) == []
     assert kinds(sample(None, None)) == []
+    assert kinds(sample(1.0, 1.0, math.inf)) == ["numbers that are not finite"]  # beside which nothing is small
+    assert set(kinds(sample(0.001, 1.0, math.inf))) == {"numbers that are not finite", "vanishing gradients"}
 
 
 def test_logits_are_an_alarm_when_large_and_grown() -> None:
@@ -241,6 +254,44 @@ def test_alarms_are_sorted_by_step_and_name_solutions_of_the_catalogue() -> None
         records += [replace(first, gradient_norm=norm), replace(last[step], token_similarity=first.token_similarity)]
     alarms = find_alarms(records, AlarmThresholds())
     assert [alarm.step for alarm in alarms] == [0, 3, 3, 3, 3, 3, 4]
-    assert len({alarm.kind for alarm in alarms}) == 6
+    assert len({alarm.kind for alarm in alarms}) == 7
     known = {solution.slug for solution in load_catalogue().solutions}
     assert all(alarm.solutions and set(alarm.solutions) <= known for alarm in alarms)
+
+
+def perceptron() -> nn.ModuleList:
+    """Of one direction for all inputs, so that its outputs are as alike as tokens that have collapsed."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+    for layer in layers:
+        nn.init.constant_(layer[0].bias, 10.0)
+    return layers
+
+
+def test_similar_examples_are_no_collapsed_tokens() -> None:
+    model = perceptron()
+    optimizer = optim.SGD(model.parameters(), lr=1e-3)
+    with TrainingMonitor(model, optimizer) as monitor:
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+        for layer in model:
+            x = layer(x)
+        x.square().mean().backward()
+        optimizer.step()
+    assert token_similarity(x) > 0.99  # were they tokens
+    assert [record.token_similarity for record in monitor.records] == [None] * 4
+    assert "rank collapse" not in [alarm.kind for alarm in monitor.alarms()]
+
+
+def test_training_biases_alone_is_no_update_too_large() -> None:
+    """They start near zero, so that the first step is any number of times their own size."""
+    model = encoder()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+        if parameter.requires_grad:
+            nn.init.constant_(parameter, 1e-3 * RATE)
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    with TrainingMonitor(model, optimizer) as monitor:
+        smoothing_loss(model, 0).backward()
+        optimizer.step()
+    assert all(0 < record.update_ratio < 0.1 for record in monitor.records)
+    assert "update too large" not in [alarm.kind for alarm in monitor.alarms()]

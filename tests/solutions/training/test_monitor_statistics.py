@@ -15,6 +15,7 @@ from transformer_problems.solutions.position.shaw import ShawRelative
 from transformer_problems.solutions.training.monitor_statistics import (
     AttentionStatistics,
     attention_readers,
+    holds_tokens,
     multihead_statistics,
     op_statistics,
     token_similarity,
@@ -238,3 +239,22 @@ def test_readers_are_found_and_what_is_no_attention_is_not() -> None:
     other.op = nn.Linear(8, 8)
     adds_keys = nn.MultiheadAttention(8, 2, add_zero_attn=True), nn.MultiheadAttention(8, 2, add_bias_kv=True)
     assert not [*attention_readers(other), *attention_readers(nn.ModuleList(adds_keys))]
+
+
+@pytest.mark.parametrize(
+    ("layer", "output", "expected"),
+    [
+        (nn.Linear(8, 8), (2, 9, 8), True),
+        (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)), (2, 9, 8), True),
+        (nn.Linear(8, 8), (9, 8), False),  # of examples
+        (nn.Conv1d(8, 8, 3, padding=1), (2, 8, 9), False),  # of channels
+        (nn.Conv1d(8, 8, 8), (2, 8, 8), False),
+        (nn.ReLU(), (2, 9, 8), False),
+        (nn.TransformerEncoderLayer(8, 2, batch_first=True), (9, 8), True),
+        (nn.TransformerEncoderLayer(8, 2, batch_first=True), (2, 9, 8), True),
+        (SelfAttention(8, 2), (2, 9, 8), True),
+    ],
+)
+def test_tokens_are_where_there_is_evidence_of_them(layer: nn.Module, output: tuple[int, ...], expected: bool) -> None:
+    assert holds_tokens(layer, draw(*output)) is expected
+    assert holds_tokens(layer, (draw(*output), None)) is expected

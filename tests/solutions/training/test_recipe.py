@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.errors import ArgumentError, DivergedError
+from transformer_problems.core.errors import ArgumentError, CombinationError, DivergedError
 from transformer_problems.core.seeding import generator, seeded
 from transformer_problems.solutions.training.adam import adam
 from transformer_problems.solutions.training.adamw import adamw
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_ends_the_course_before_its_step(value: str) -
     course = TrainingRecipe(adamw(1e-2)).start(model, STEPS)
     run(course, range(3))
     before, state = weights(model), copy.deepcopy(course.optimizer.state_dict())
-    with pytest.raises(DivergedError, match=f"the loss is {value} at step 3. Lower the learning rate."):
+    with pytest.raises(DivergedError, match=f"the loss is {value} at step 3. Lower .*rate, and look at the batch"):
         course.step(loss_of(model, 3) * float(value))
     assert torch.equal(weights(model), before)
     torch.testing.assert_close(course.optimizer.state_dict(), state, rtol=0, atol=0)
@@ -215,10 +215,9 @@ def test_a_gradient_that_is_not_finite_names_where_it_began(clipping: Clipping) 
     assert torch.equal(weights(model), before)
 
 
-@pytest.mark.parametrize("method", ["norm", "value", "adaptive"])
-def test_finite_gradients_whose_norm_overflows_are_said_to_be_so(method: str) -> None:
+def test_finite_gradients_whose_norm_overflows_are_said_to_be_so() -> None:
     model = nn.Linear(3, 1)
-    course = TrainingRecipe(adamw(1e-2), clipping=GradientClipping(1.0, method)).start(model, STEPS)
+    course = TrainingRecipe(adamw(1e-2)).start(model, STEPS)
     before = weights(model)
     # 1e30 is a float32; its square is none
     with pytest.raises(DivergedError, match="norm is inf at step 0, first in the backward pass at the sum of finite"):
@@ -236,3 +235,87 @@ def test_a_course_goes_on_after_a_bad_batch() -> None:
             other.step(loss_of(hit, step) * float("nan"))
         other.step(loss_of(hit, step))
     assert torch.equal(weights(plain), weights(hit))
+
+
+@pytest.mark.parametrize("method", ["norm", "value", "adaptive"])
+def test_clipping_makes_a_step_of_finite_gradients_whose_norm_overflows(method: str) -> None:
+    model = nn.Linear(3, 1)
+    course = TrainingRecipe(adamw(1e-2), clipping=GradientClipping(1.0, method)).start(model, STEPS)
+    before = weights(model)
+    norm = course.step(1e30 * model(torch.ones(1, 3)).sum())
+    assert float(norm) == pytest.approx(2e30)  # of three weights and a bias, 1e30 each
+    # Adam's first step is as long as the rate in each number; the decay, 1e-4 of numbers below 1, comes on top
+    torch.testing.assert_close(before - weights(model), torch.full((4,), 1e-2), atol=1.1e-4, rtol=0)
+
+
+def test_a_gradient_broken_outside_the_model_is_found_too() -> None:
+    """A parameter of the loss itself, which the optimizer trains along."""
+    model, temperature = build(), nn.Parameter(torch.ones(2))
+
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([temperature, *model.parameters()], lr=0.1)
+
+    course = TrainingRecipe(optimizer).start(model, STEPS)
+    with pytest.raises(DivergedError, match=r"first in the backward pass at a parameter \[2\] outside the model"):
+        course.step(loss_of(model, 0) + BreakGradient.apply(temperature).sum())
+
+
+def test_the_loss_of_another_model_is_refused() -> None:
+    course = TrainingRecipe(adamw(1e-2)).start(build(), STEPS)
+    with pytest.raises(ArgumentError, match="none of its parameters got a gradient. Pass the loss of the Sequential"):
+        course.step(loss_of(build(), 0))
+    assert course.num_done == 0
+
+
+def test_a_batch_may_come_in_parts() -> None:
+    """Backward passes before the step add up, what stood before the course and after an error does not."""
+    whole, parts = build().eval(), build().eval()
+    loss_of(parts, 99).backward()
+    one, other = (TrainingRecipe(adamw(1e-2), clipping=GradientClipping(0.5)).start(m, STEPS) for m in (whole, parts))
+    for step in range(3):
+        norm = one.step(loss_of(whole, step) / 2 + loss_of(whole, step + 50) / 2)
+        loss_of(parts, 99).backward()
+        with pytest.raises(DivergedError):
+            other.step(loss_of(parts, step) * float("nan"))
+        (loss_of(parts, step) / 2).backward()
+        # float32, summed in another order
+        torch.testing.assert_close(other.step(loss_of(parts, step + 50) / 2), norm, atol=0, rtol=1e-5)
+    torch.testing.assert_close(weights(parts), weights(whole), atol=1e-5, rtol=0)
+
+
+def test_the_state_of_a_course_of_other_length_is_refused() -> None:
+    recipe = TrainingRecipe(adamw(1e-2))
+    state, course = recipe.start(build(), 5).state_dict(), recipe.start(build(), 6)
+    with pytest.raises(ArgumentError, match="state must be of a course with num_steps=6; got one with num_steps=5"):
+        course.load_state_dict(state)
+
+
+def test_an_optimizer_that_needs_the_loss_again_is_refused() -> None:
+    with pytest.raises(CombinationError, match="LBFGS computes the loss several times a step"):
+        TrainingRecipe(lambda model: torch.optim.LBFGS(model.parameters())).start(build(), STEPS)
+
+
+@pytest.mark.parametrize("clipping", [no_clipping, *(GradientClipping(1.0, m) for m in ("norm", "value", "adaptive"))])
+def test_sparse_gradients_are_refused(clipping: Clipping) -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    course = TrainingRecipe(lambda model: torch.optim.SGD(model.parameters(), lr=0.1), clipping=clipping)
+    with pytest.raises(CombinationError, match=r"gradients must be dense; that of a parameter \[5, 2\] is sparse"):
+        course.start(model, STEPS).step(model(torch.tensor([1, 1, 3])).sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
+            "optimizer must be a function; got a SGD",
+        ),
+        ({"clipping": 1.0}, r"clipping must be a function; got a float. Pass e.g. GradientClipping\(1.0\)"),
+        ({"schedule": 0.5}, "schedule must be a function; got a float"),
+        ({"regulators": lambda *call: None}, "regulators must be a tuple of functions"),
+        ({"regulators": (0.1,)}, "regulators must be a tuple of functions"),
+    ],
+)
+def test_parts_that_cannot_be_called_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        TrainingRecipe(**{"optimizer": adamw(1e-2), **changes})

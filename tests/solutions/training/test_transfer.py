@@ -1,5 +1,7 @@
 """Transfer of weights and the linear probe: what is copied, what rests, what is undone."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -207,3 +209,14 @@ def test_what_is_no_head_is_refused() -> None:
     with pytest.raises(ArgumentError, match="head must have param"), linear_probe(model, model.body[2]):
         pass
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_inside_drops_out_again_and_stays_frozen(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = make().train(), torch.ones(2, 4)
+    with linear_probe(model, model.head):
+        other = duplicate(model)
+    assert [n for n, p in other.named_parameters() if p.requires_grad] == ["head.1.weight", "head.1.bias"]
+    other.train()
+    with seeded(0, "dropout"):
+        assert not torch.equal(other.features(x), other.features(x))

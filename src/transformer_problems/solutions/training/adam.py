@@ -1,8 +1,11 @@
 """Adam, alone or with the L2 penalty that AdamW replaces."""
 
+import math
+
 from torch import nn, optim
 
 from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.training.recipe import OptimizerFactory, ParameterGroups, all_alike
 
 
@@ -22,7 +25,8 @@ def adam(
         groups: Splits the parameters into groups with rates of their own.
 
     Raises:
-        ArgumentError: If the rate is not positive.
+        ArgumentError: If the rate is not positive and finite, the penalty is negative, or a beta is not from 0 to
+            below 1.
 
     Source:
         Kingma and Ba 2014, arXiv:1412.6980, algorithm 1.
@@ -35,9 +39,25 @@ def adam(
         >>> course = TrainingRecipe(adam(1e-3, l2=0.01)).start(model, num_steps=100)
         >>> norm = course.step(model(torch.ones(2, 4)).square().mean())
     """
-    require_positive(learning_rate=learning_rate)
+    check_adam(learning_rate, betas, l2=l2)
 
     def make(model: nn.Module) -> optim.Optimizer:
         return optim.Adam(groups(model, learning_rate), lr=learning_rate, betas=betas, weight_decay=l2)
 
     return make
+
+
+def check_adam(learning_rate: float, betas: tuple[float, float], **penalty: float) -> None:
+    """Refuse numbers that no form of Adam can train with; `penalty` is one, by its name.
+
+    Raises:
+        ArgumentError: With the name of the first.
+    """
+    require_positive(learning_rate=learning_rate)
+    if not math.isfinite(learning_rate):
+        raise ArgumentError(f"learning_rate must be finite; got {learning_rate}. Choose e.g. 1e-3.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ArgumentError(f"betas must be two numbers from 0 to below 1; got {betas}. Choose e.g. (0.9, 0.98).")
+    for name, value in penalty.items():
+        if not 0 <= value < math.inf:
+            raise ArgumentError(f"{name} must be a finite number, not negative; got {value}. Use 0 for none.")

@@ -2,7 +2,7 @@
 
 from torch import nn, optim
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.solutions.training.adam import check_adam
 from transformer_problems.solutions.training.recipe import OptimizerFactory, ParameterGroups, all_alike
 
 
@@ -25,7 +25,8 @@ def adamw(
         groups: Splits the parameters into groups with rates of their own, e.g. `layerwise_learning_rates(0.75)`.
 
     Raises:
-        ArgumentError: If the rate is not positive.
+        ArgumentError: If the rate is not positive and finite, the decay is negative, or a beta is not from 0 to below
+            1.
 
     Source:
         Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2.
@@ -39,7 +40,7 @@ def adamw(
         >>> course = TrainingRecipe(adamw(1e-3, weight_decay=0.1)).start(model, num_steps=100)
         >>> norm = course.step(model(torch.ones(2, 4)).square().mean())
     """
-    require_positive(learning_rate=learning_rate)
+    check_adam(learning_rate, betas, weight_decay=weight_decay)
 
     def make(model: nn.Module) -> optim.Optimizer:
         return optim.AdamW(groups(model, learning_rate), lr=learning_rate, betas=betas, weight_decay=weight_decay)

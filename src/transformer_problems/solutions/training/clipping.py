@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive
 from transformer_problems.core.errors import UnknownNameError
+from transformer_problems.solutions.training.recipe import dense_gradients
 
 ClippingMethod = Literal["norm", "value", "adaptive"]
 _SMALLEST_UNIT = 1e-3  # norm below which a unit's weights do not limit its gradient, so that zeros can learn
@@ -21,7 +22,8 @@ class GradientClipping:
     "norm" scales the whole gradient down to the limit, direction kept. "value" cuts each element to +-limit, which
     turns the direction. "adaptive" limits each unit's gradient (a row of a matrix, a filter, a whole vector) to the
     limit times the norm of that unit's weights, so that no step of plain gradient descent changes a unit by more than
-    that share times the learning rate. A gradient that is not finite stays as it is, since no limit mends it.
+    that share times the learning rate. A gradient that is not finite stays as it is, since no limit mends it; one whose
+    norm alone is too large for its dtype is clipped in float64.
 
     Args:
         limit: Largest norm, value, or ratio of gradient to weights; usual are a norm of 1 and a ratio of 0.01.
@@ -29,6 +31,7 @@ class GradientClipping:
 
     Raises:
         ArgumentError: If the limit is not positive or the method is none of the three.
+        CombinationError: When called, if a gradient is sparse.
 
     Source:
         Pascanu et al. 2012, arXiv:1211.5063, section 3.2 (norm, and Mikolov's cut by value); Brock et al. 2021,
@@ -56,12 +59,13 @@ class GradientClipping:
     def __call__(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Clip, and give the norm of the whole gradient before that, a scalar."""
         learned = [parameter for parameter in parameters if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in learned if parameter.grad is not None]
+        gradients = dense_gradients(learned)
         if not gradients:
             return torch.zeros(())
         norm = nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
-            return norm  # scaled by it, every gradient would be NaN, and nobody could tell where it began
+            # scaled by it, every gradient would be NaN, and nobody could tell where it began
+            return norm if norm.dtype == torch.float64 else self._clip_in_float64(learned)
         match self.method:
             case "norm":
                 nn.utils.clip_grads_with_norm_(learned, self.limit, norm)
@@ -70,6 +74,17 @@ class GradientClipping:
             case "adaptive":
                 for parameter, gradient in zip(learned, gradients, strict=True):
                     self._clip_units(parameter.detach(), gradient)
+        return norm
+
+    def _clip_in_float64(self, learned: list[nn.Parameter]) -> Tensor:
+        """For gradients whose numbers may all be finite, while their squares are not."""
+        wide = [nn.Parameter(parameter.detach().double()) for parameter in learned]
+        for copy, gradient in zip(wide, dense_gradients(learned), strict=True):
+            copy.grad = gradient.double()
+        norm = self(wide)
+        if bool(norm.isfinite()):
+            for gradient, clipped in zip(dense_gradients(learned), dense_gradients(wide), strict=True):
+                gradient.copy_(clipped)
         return norm
 
     def _clip_units(self, weights: Tensor, gradient: Tensor) -> None:

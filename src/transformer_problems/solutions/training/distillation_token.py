@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive, require_share
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.solutions.training.distillation import distillation_loss
+from transformer_problems.solutions.training.distillation import IGNORED, distillation_loss
 
 Kind = Literal["hard", "soft"]
 
@@ -35,15 +35,16 @@ def token_distillation_loss(
         class_logits: Of the head on the class token.
         distilled_logits: Of the head on the distillation token.
         teacher_logits: The teacher's scores of the same classes for the same inputs.
-        targets: The labels.
+        targets: The labels; -100 where there is none, which leaves that image to the teacher alone.
         temperature: T; with "soft" only.
-        alpha: Weight of the teacher, from 0 to 1; with "soft" only.
+        alpha: Weight of the teacher, from 0 to 1; with "soft" only. A term of weight 0 is left out.
 
     Shape:
         class_logits, distilled_logits, teacher_logits: [B, K]; targets: [B] int; output: a scalar.
 
     Raises:
-        ArgumentError: If the shapes differ, a number is out of range, or there is no such kind.
+        ArgumentError: If the shapes differ, targets are no classes or all left out, a number is out of range, or there
+            is no such kind.
 
     Source:
         Touvron et al. 2020, arXiv:2012.12877, section 4.
@@ -68,10 +69,32 @@ def token_distillation_loss(
             f"{shapes[0]}, {shapes[1]} and {shapes[2]}. For a teacher that gives one score s of two classes, stack -s "
             "and s."
         )
+    _check_targets(targets, *class_logits.shape)
     wide = torch.promote_types(class_logits.dtype, torch.float32)
-    labelled = nn.functional.cross_entropy(class_logits.to(wide), targets)
     choice = teacher_logits.argmax(dim=-1)
+    if kind == "soft" and alpha == 1:  # the labels' term may be infinite, and 0 * inf is no number
+        return distillation_loss(distilled_logits, teacher_logits, choice, temperature=temperature, alpha=1.0)
+    labelled = nn.functional.cross_entropy(class_logits.to(wide), targets)
     if kind == "hard":
         return (labelled + nn.functional.cross_entropy(distilled_logits.to(wide), choice)) / 2
+    if alpha == 0:
+        return labelled
     taught = distillation_loss(distilled_logits, teacher_logits, choice, temperature=temperature, alpha=1.0)
     return (1 - alpha) * labelled + alpha * taught
+
+
+def _check_targets(targets: Tensor, batch_size: int, num_classes: int) -> None:
+    if targets.dtype != torch.int64 or list(targets.shape) != [batch_size]:
+        raise ArgumentError(
+            f"targets must be torch.int64 [{batch_size}], one label for each image; got {targets.dtype} "
+            f"{list(targets.shape)}. Give soft answers as teacher_logits."
+        )
+    labels = targets[targets != IGNORED]
+    if len(labels) == 0:
+        raise ArgumentError(f"targets must hold at least one label; all are {IGNORED}. Leave this batch out.")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ArgumentError(
+            f"targets must be classes from 0 to {num_classes - 1}, or {IGNORED}; got {lowest} to {highest}. "
+            "Choose heads with as many classes as there are labels."
+        )

@@ -11,7 +11,8 @@ def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | 
     """Name of the module whose output is the first with a number that is not finite; None where all are.
 
     Of nested modules the innermost is named, because it finishes first. An input or a parameter that is not finite
-    shows in the first module that reads it.
+    shows in the first module that reads it. Afterwards the model's buffers, such as running means, and PyTorch's random
+    state are as before; dropout in this pass draws other numbers than it drew in an earlier one.
 
     Args:
         run: Runs the model's forward pass; it gets no gradients.
@@ -34,12 +35,16 @@ def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | 
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad():
+        try:
+            with torch.random.fork_rng():
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for buffer, before in buffers:
+                buffer.copy_(before)
     return found[0] if found else None
 
 

@@ -90,7 +90,8 @@ class DropHeadSchedule:
 
     Args:
         peak: The rate of the first step and of the last.
-        num_warmup_steps: Steps of the fall, those of the learning rate's warmup. Default a tenth of all.
+        num_warmup_steps: Steps of the fall, those of the learning rate's warmup; at least one is made, and none that
+            would reach beyond the last step. Default a tenth of all.
 
     Raises:
         ArgumentError: If the peak is not from 0 to 1, or the steps are negative.
@@ -130,8 +131,10 @@ class DropHeadSchedule:
     def rate(self, step: int, num_steps: int) -> float:
         """The rate at a step; that of the last step holds for any further ones."""
         last = num_steps - 1
-        step = min(step, last)
-        valley = num_steps // 10 if self.num_warmup_steps is None else self.num_warmup_steps
+        if step >= last:
+            return self.peak
+        asked = num_steps // 10 if self.num_warmup_steps is None else self.num_warmup_steps
+        valley = min(max(1, asked), last)
         if step < valley:
             return self.peak * (1 - step / valley)
-        return self.peak * (step - valley) / max(1, last - valley)
+        return self.peak * (step - valley) / (last - valley)

@@ -14,8 +14,10 @@ def layerwise_learning_rates(decay: float = 0.75, *, layers: Iterable[nn.Module]
     """Learning rate = peak * decay^depth from the top: 0 for the head, 1 for the last layer, L + 1 for the embedding.
 
     Low layers hold what is general, which a new task should change least; the head knows nothing of the task yet.
-    What a model registers before its layers counts as embedding, what after them as head, a final norm included. An
-    embedding whose weights are the head's too counts as embedding, and layers that share weights as the lowest of them.
+    What a model registers before its layers counts as embedding, what after them as head, a final norm included; an
+    nn.Parameter of the model's own, outside any module of it, as embedding wherever it stands, for PyTorch keeps no
+    order between parameters and modules: put one of the head's into a module. An embedding whose weights are the head's
+    too counts as embedding, and layers that share weights as the lowest of them.
 
     Args:
         decay: Ratio of a layer's rate to that of the layer above.

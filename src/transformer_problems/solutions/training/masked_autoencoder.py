@@ -64,7 +64,7 @@ class MaskedAutoencoder(nn.Module):
         images: [B, C_in, H, W]; output: the loss, a scalar.
 
     Raises:
-        ArgumentError: If the share hides nothing or everything.
+        ArgumentError: If the share hides nothing or everything, or there is no image.
         CombinationError: If the encoder's patches cannot be cut out, or have a single number to normalize.
 
     Source:
@@ -118,6 +118,8 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
         """The loss with patches hidden at random; the generator draws on its own device."""
+        if len(images) == 0:
+            raise ArgumentError(f"images must hold at least one; got {list(images.shape)}. Leave this batch out.")
         targets = self.targets(images)
         hidden = self._draw_hidden(len(targets), targets.shape[1], generator).to(images.device)
         errors = (self.predict(images, hidden).to(targets.dtype) - targets).square().mean(dim=-1)

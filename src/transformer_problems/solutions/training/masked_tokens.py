@@ -34,7 +34,8 @@ def mask_tokens(
 
     Args:
         mask_token: Stands for what is hidden.
-        vocab_size: Random tokens are below it; leave the mask token out by giving the number of the others.
+        vocab_size: Random tokens are below it, those of `special` among them; leave the mask token out by giving the
+            number of the others.
         share: Chance of each token to be chosen.
         special: Tokens that are never chosen, such as padding and separators.
         generator: Makes every choice, on its own device.

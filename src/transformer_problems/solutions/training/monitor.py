@@ -10,12 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.solutions.training.local_hook import LocalHook
 from transformer_problems.solutions.training.monitor_alarms import Alarm, AlarmThresholds, find_alarms
 from transformer_problems.solutions.training.monitor_layers import LayerRecord, longest_stack, named_layers, table
 from transformer_problems.solutions.training.monitor_statistics import (
     AttentionReader,
     AttentionStatistics,
     attention_readers,
+    holds_tokens,
     token_similarity,
     total_norm,
 )
@@ -33,6 +35,11 @@ class TrainingMonitor:
     A sample looks at the first forward pass with gradients of its step. It computes the scores again for at most two
     examples and 64 queries of each, reads the gradients as the optimizer gets them, that is after clipping, and holds a
     copy of the layers' trained weights while the optimizer steps.
+
+    The token similarity is taken where there evidently are tokens: of layers that hold attention, and of outputs
+    [B, N, C] of others that have a matrix of rows of C numbers, as every linear layer on tokens has.
+
+    A copy of the model made meanwhile, also by pickle or torch.save, is not watched.
 
     Not seen are what happens between samples, a step that the loop gives up before the optimizer, and attention that is
     neither the `op` of a layer of this package nor nn.MultiheadAttention. An op is taken as a softmax over all keys
@@ -137,17 +144,17 @@ class TrainingMonitor:
         readers: dict[nn.Module, AttentionReader] = {}
         for name, layer in self._layers.items():
             enter, leave = self._layer_hooks(name, layer)
-            hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+            hooks.append(layer.register_forward_pre_hook(LocalHook(enter)))
+            hooks.append(layer.register_forward_hook(LocalHook(leave)))
             for module, read in attention_readers(layer):
                 readers[module] = read
                 homes.setdefault(module, []).append(name)
         for module, read in readers.items():
-            hook = self._attention_hook(read, homes[module])
+            hook = LocalHook(self._attention_hook(read, homes[module]))
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hooks
 
     def _layer_hooks(self, name: str, layer: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Plain functions, not methods: a deep copy of the model shares them instead of copying this monitor too."""
         batch_first = all(m.batch_first for m in layer.modules() if isinstance(m, nn.MultiheadAttention))
 
         def enter(module: nn.Module, inputs: Any) -> None:
@@ -159,7 +166,9 @@ class TrainingMonitor:
             sample = self._sample
             if sample is not None and sample.running[-1:] == [name]:
                 sample.running.pop()
-                sample.similarity[name] = token_similarity(output, batch_first=batch_first)
+                sample.similarity[name] = (
+                    token_similarity(output, batch_first=batch_first) if holds_tokens(layer, output) else None
+                )
 
         return enter, leave
 
@@ -180,9 +189,11 @@ class TrainingMonitor:
         if self._sample is None:
             return
         for name, layer in self._layers.items():
-            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            numbers = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
+            trained = [parameter for parameter in numbers if parameter.requires_grad]
             gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
             self._sample.gradient_norm[name] = total_norm(gradients) if gradients else None
+            self._sample.size[name] = total_norm(numbers)
             self._sample.weights[name] = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     def _after_step(self) -> None:
@@ -200,6 +211,7 @@ class _Sample:
     similarity: dict[str, float | None] = field(default_factory=dict)
     attention: dict[str, list[AttentionStatistics]] = field(default_factory=dict)
     gradient_norm: dict[str, float | None] = field(default_factory=dict)
+    size: dict[str, float] = field(default_factory=dict)
     weights: dict[str, list[tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
 
     def awaits(self, layer: str) -> bool:
@@ -220,9 +232,10 @@ class _Sample:
         )
 
     def _update_ratio(self, layer: str) -> float | None:
-        weights = self.weights[layer]
-        size = total_norm(before for _, before in weights)
-        return total_norm(after.detach() - before for after, before in weights) / size if size > 0 else None
+        weights, size = self.weights[layer], self.size[layer]
+        if not weights or size == 0:
+            return None
+        return total_norm(after.detach() - before for after, before in weights) / size
 
 
 def _mean(values: list[float | None]) -> float | None:

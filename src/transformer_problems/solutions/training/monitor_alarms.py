@@ -155,7 +155,8 @@ def _broken_gradients(samples: _Samples, thresholds: AlarmThresholds) -> Iterato
 
 def _vanishing_gradients(samples: _Samples, thresholds: AlarmThresholds) -> Iterator[_Finding]:
     for sample in samples:
-        norms = [(record.layer, record.gradient_norm) for record in sample if record.gradient_norm is not None]
+        norms = [(r.layer, r.gradient_norm) for r in sample if r.gradient_norm is not None]
+        norms = [(layer, norm) for layer, norm in norms if math.isfinite(norm)]
         for layer, norm in norms:
             if not norm < thresholds.gradient_decay * norms[-1][1]:
                 break  # only what is small from the first layer on is lost on the way back
@@ -206,23 +207,24 @@ class _Rule:
     solutions: tuple[str, ...]
 
 
-_AGAINST_EXPLOSION = ("gradient-clipping", "pre-layernorm", "learning-rate-warmup")
 _RULES = (
     _Rule(
         "exploding gradients",
         _growing_gradients,
         "gradient_growth",
         max,
-        "the gradient is that many times its earlier median, and one such step can undo what was learned.",
-        _AGAINST_EXPLOSION,
+        "the gradient is that many times its earlier median, and one such step can undo what was learned. Lower the "
+        "learning rate first.",
+        ("gradient-clipping", "pre-layernorm", "learning-rate-warmup"),
     ),
     _Rule(
-        "exploding gradients",
+        "numbers that are not finite",
         _broken_gradients,
         None,
         max,
-        "the gradient holds numbers that are not finite, and the step makes the weights so.",
-        _AGAINST_EXPLOSION,
+        "the gradient holds such numbers, and the step makes the weights so. Look for them in the batch, and lower the "
+        "learning rate.",
+        ("learning-rate-warmup",),
     ),
     _Rule(
         "vanishing gradients",
@@ -261,7 +263,7 @@ _RULES = (
         _large_updates,
         "update_ratio",
         max,
-        "one step changes that share of the layer's weights; about 0.001 is usual.",
+        "one step changes that share of the layer's weights; about 0.001 is usual. Lower the learning rate first.",
         ("learning-rate-warmup", "adamw"),
     ),
 )

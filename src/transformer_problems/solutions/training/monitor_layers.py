@@ -25,11 +25,12 @@ class LayerRecord:
         step: Optimizer steps done before this one.
         layer: The layer's name in the model.
         gradient_norm: Norm of the gradient of the layer's trained parameters, as the optimizer was given it.
-        update_ratio: Norm of what the step changed in these parameters, over their own norm before it.
+        update_ratio: Norm of what the step changed in these parameters, over the norm of all of the layer's before it,
+            frozen ones too: biases or adapters that start at zero may change by many times their own norm in health.
         largest_logit: Largest |q k^T| * scale before the softmax, over the keys that a query may see.
         attention_entropy: Mean entropy of the attention weights, in nats.
         attention_entropy_share: The same as a share of its maximum, the log of the number of keys that may be seen.
-        token_similarity: Mean cosine between different tokens of an example in the layer's output.
+        token_similarity: Mean cosine between different tokens of an example in the layer's output, where it has tokens.
     """
 
     step: int

@@ -41,6 +41,20 @@ def total_norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(norm) for norm in norms))
 
 
+def holds_tokens(layer: nn.Module, output: object) -> bool:
+    """Whether a layer's output is evidently one of tokens, and not of examples [B, C] or of channels [B, C, N].
+
+    So it is where the layer holds attention, and where it is [B, N, C] and a matrix among the layer's parameters has
+    rows of C numbers. The weights of convolutions are no matrices.
+    """
+    if any(isinstance(module, nn.MultiheadAttention) for module in layer.modules()) or any(attention_readers(layer)):
+        return True
+    hidden = _hidden(output)
+    if hidden is None or hidden.dim() != 3:
+        return False
+    return any(parameter.dim() == 2 and parameter.shape[1] == hidden.shape[-1] for parameter in layer.parameters())
+
+
 @torch.no_grad()
 def token_similarity(output: object, *, batch_first: bool = True) -> float | None:
     """Mean cosine between different tokens of the first example; None if the output holds no two tokens.
@@ -48,8 +62,8 @@ def token_similarity(output: object, *, batch_first: bool = True) -> float | Non
     Shape:
         output: [B, N, C], [N, B, C] unless `batch_first`, or [N, C]; or a tuple that starts with such a tensor.
     """
-    hidden = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3) or not hidden.is_floating_point():
+    hidden = _hidden(output)
+    if hidden is None or hidden.dim() not in (2, 3) or not hidden.is_floating_point():
         return None
     if hidden.dim() == 3:
         hidden = hidden[:1].squeeze(0) if batch_first else hidden[:, :1].squeeze(1)
@@ -60,6 +74,11 @@ def token_similarity(output: object, *, batch_first: bool = True) -> float | Non
     # the squared norm of the sum holds every pair twice, and each token once with itself
     pairs = directions.sum(dim=0).square().sum() - directions.square().sum()
     return float(pairs) / (num_tokens * (num_tokens - 1))
+
+
+def _hidden(output: object) -> Tensor | None:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def attention_readers(layer: nn.Module) -> Iterator[tuple[nn.Module, AttentionReader]]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.solutions.training.local_hook import LocalHook
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def linear_probe(model: nn.Module, head: nn.Module) -> Iterator[None]:
     So dropout outside the head rests, and running means there stay, whatever `model.train()` says. With few labels a
     linear head on features as they are learns more than it overfits; and no gradient passes below it, which is cheap.
     On exit, also after an error, parameters learn as before; the head keeps what it learned. Frozen parameters have no
-    gradient, so an optimizer may hold all of the model's.
+    gradient, so an optimizer may hold all of the model's. A copy made inside, also by pickle, has the frozen parameters
+    frozen for good, until `requires_grad_(True)`; its modules compute in their own modes.
 
     Args:
         model: A trained model, used through its modules' calls.
@@ -138,8 +140,8 @@ class _Rest:
     def __init__(self, module: nn.Module) -> None:
         self.modes: list[bool] = []  # those before the passes under way, of which a module may have several
         self.hooks = (
-            module.register_forward_pre_hook(self.begin_pass),
-            module.register_forward_hook(self.end_pass, always_call=True),
+            module.register_forward_pre_hook(LocalHook(self.begin_pass)),
+            module.register_forward_hook(LocalHook(self.end_pass), always_call=True),
         )
 
     def begin_pass(self, module: nn.Module, inputs: Any) -> None:

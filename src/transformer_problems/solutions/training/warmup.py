@@ -20,7 +20,7 @@ class Warmup:
     Args:
         num_steps: Steps of warmup; 0 for none.
         decay: What the rise is multiplied by: "cosine" or "linear", from 1 to `floor` over the whole training;
-            "inverse_sqrt", sqrt(num_steps / n) at the n-th step after the warmup's; or "constant", 1.
+            "inverse_sqrt", 1 in the warmup and then sqrt(num_steps / n) at the n-th step of all; or "constant", 1.
         floor: Where "cosine" and "linear" end.
 
     Raises:
