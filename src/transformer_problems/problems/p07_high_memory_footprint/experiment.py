@@ -172,10 +172,9 @@ class HighMemoryFootprint:
         plain = "" if loss is None else f", which end at {loss.mean():.2f} bits per byte with the plain cache"
         return (
             "Decoding is measured on a text whose first half is read at once: the plain cache's buffer, which "
-            "doubles, then ends exactly full. That is its best case, and the verdict on pages turns on it. Caches "
-            "alone, of 8 layers of 4 heads of 16 with 8,192 tokens, peak at 34.1 MiB after a prompt of 512 tokens "
-            "and then one by one, at 46.7 after a prompt of 10, at 66.5 after one of 1,000; in pages at 38.0 each "
-            "time, less than plain ones after the last two (scripts/reference_lines.py; no verdict rests on these).",
+            "doubles, then ends exactly full. That is its best case, and the verdict on pages turns on it: after short "
+            "prompts, or some whose doublings end just beyond the text, a plain cache peaks higher, pages take less. "
+            "scripts/reference_lines.py measures such schedules.",
             "What shared heads (GQA, MQA) cost in quality was measured on models trained here alone, in "
             f"{plan.steps:,} steps of {plan.batch_size} windows of {plan.text_len} bytes{plain}. To compare with: on "
             "the windows of the standard scale a table of pairs of bytes, counted over the training text, has 3.56 "

@@ -45,6 +45,7 @@ from transformer_problems.solutions.training.recipe import TrainingRecipe
 
 _HEADS = 4
 _PATCH = 2
+_NUM_DIGITS = 10
 _DROP_HEAD_RATE = 0.2
 _ROUNDED_AWAY = 1e-13  # a distance below which float64 leaves few digits of it
 _FIT_LAYERS = 3  # the fewest that a power can be fitted to: two steps from one to the next
@@ -97,7 +98,7 @@ def build_model(arm: str, width: int, layers: int) -> VisionTransformer:
         (SIZE, SIZE),
         layers,
         mixer,
-        num_classes=10,
+        num_classes=_NUM_DIGITS,
         residual=residuals.get(arm, PreNorm),
         skips=skips[arm]() if arm in skips else None,
     )
@@ -201,7 +202,7 @@ class AttentionOverSmoothing:
         sentence = (
             f"Without skips the tokens of an image differ by {distance.mean():.0e} of their size after {last:.0f} "
             f"layers (float32 rounds at {torch.finfo(torch.float32).eps:.0e}), and {accuracy.mean():.0%} of digits "
-            "are told rightly, where chance gives 10%"
+            f"are told rightly, where chance gives {1 / _NUM_DIGITS:.0%}"
         )
         if power is None:
             return f"{sentence}."
