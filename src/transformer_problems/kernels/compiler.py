@@ -87,14 +87,18 @@ def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = N
 
 
 @cache
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, *, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The built and loaded library of one C++ file, once a process.
+
+    Args:
+        extra_flags: Flags for this file beyond `FLAGS`, e.g. "-fopenmp", with which it shares PyTorch's threads where
+            both use the system's OpenMP.
 
     Raises:
         MissingDependencyError: If there is no compiler.
         KernelBuildError: If the file cannot be built or its library not loaded.
     """
-    library = build(source)
+    library = build(source, flags=(*FLAGS, *extra_flags))
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:

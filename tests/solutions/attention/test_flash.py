@@ -270,3 +270,16 @@ def test_wrong_arguments_are_refused() -> None:
         FlashAttention(block_size=0)
     with pytest.raises(ArgumentError, match="block_size must be a positive whole number; got 5.5"):
         FlashAttention(block_size=5.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_single_query_in_half_precision_is_rounded_once(dtype: torch.dtype, with_mask: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (1, 33, 33))
+    mask = torch.rand(2, 1, 1, 33) < 0.5 if with_mask else None
+    ours = FlashAttention()(q, k, v, mask=mask, is_causal=True)
+    exact = DenseAttention()(q.double(), k.double(), v.double(), mask=mask, is_causal=True)
+    assert ours.dtype == dtype
+    # float32 all the way, then one rounding to `dtype`: half a step of the largest values, about 1
+    torch.testing.assert_close(ours.double(), exact, atol=torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)

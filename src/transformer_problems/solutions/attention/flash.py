@@ -13,6 +13,7 @@ from transformer_problems.solutions.attention.score_tiles import RunningSoftmax,
 from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, match_heads
 
 Backend = Literal["auto", "sdpa", "tiled"]
+_WIDENED_SCORES = 2**14  # scores of single queries for which a float32 copy of keys and values is small and pays
 
 
 class FlashAttention(nn.Module):
@@ -97,15 +98,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tens
         mask = mask | empty
     attn_mask = mask if bias is None else masked(bias.dense().to(q.dtype), mask)
     q, k, v = (x.reshape(x.shape[:-3].numel(), *x.shape[-3:]) for x in (q, k, v))  # -1 fails without queries
-    y = nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if attn_mask is None else _flattened(attn_mask, lead),
-        is_causal=native_causal,
-    )
+    attn_mask = None if attn_mask is None else _flattened(attn_mask, lead)
+    dtype = v.dtype
+    if _better_widened(q, k):
+        q, k, v = q.float(), k.float(), v.float()
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.float()
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=native_causal).to(dtype)
     y = y.reshape(*lead, *y.shape[-3:])
     return y if empty is None else y.masked_fill(empty, 0.0)
+
+
+def _better_widened(q: Tensor, k: Tensor) -> bool:
+    """Whether float32 copies are faster: PyTorch's CPU kernel takes a single query in half precision 2 to 3x slower."""
+    is_half = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    return is_half and q.shape[-2] == 1 and q.shape[:-1].numel() * k.shape[-2] <= _WIDENED_SCORES
 
 
 def _flattened(mask: Tensor, lead: torch.Size) -> Tensor:
