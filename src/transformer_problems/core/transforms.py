@@ -1,0 +1,194 @@
+"""The ModelTransform slot: treatments of a whole model, their chains, and what all of them check and share."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import ArgumentError, CombinationError
+
+TransformKind = Literal["share", "prune", "scale", "fuse", "adapt", "quantize"]
+
+# (done before, asked for now) -> why that makes no sense. A pair that is not here is allowed.
+_MEANINGLESS: dict[tuple[TransformKind, TransformKind], str] = {
+    ("quantize", "quantize"): "its weights are codes already. Start from the float model",
+    ("quantize", "prune"): "codes keep no float weights to rank. Prune first, then quantize",
+    ("quantize", "scale"): "the rounding that scaling would ease has happened. Scale first, then quantize",
+    ("quantize", "share"): "codes cannot be shared or factorised. Share first, then quantize",
+    ("quantize", "fuse"): "codes of separate layers have separate scales. Fuse first, then quantize",
+    ("adapt", "adapt"): "it has adapters already. Merge or undo them first",
+    ("adapt", "prune"): "the adapters would be left out of the ranking. Merge them first",
+    ("adapt", "scale"): "the adapters would miss the scales. Merge them first",
+    ("adapt", "share"): "the adapters of the layers differ. Merge them first",
+    ("adapt", "fuse"): "the adapters belong to separate layers. Merge them first",
+    ("adapt", "quantize"): "adapters are trained in floats. Merge them first, or quantize first and adapt then",
+    ("fuse", "prune"): "fused projections hide their heads. Prune first, then fuse",
+    ("fuse", "share"): "fused layers are not the ones to share. Share first, then fuse",
+    ("prune", "share"): "sharing overwrites what was pruned. Share first, then prune",
+}
+
+
+class ModelTransform(Protocol):
+    """A treatment of a whole model: model in, smaller, faster or cheaper to train model out.
+
+    A call returns a treated copy and leaves its argument as it was. Modules that it puts into the copy carry the
+    attribute `made_by`, its kind, by which later transforms know them. Where the treatment can be taken back, a method
+    `undo(model)` returns the model without it.
+
+    `rebuild(model, tensors)` gives an untreated model of the same architecture the modules and shapes that the treated
+    state_dict `tensors` needs, without its values, so that `load_treated` can read a saved model.
+    """
+
+    kind: TransformKind
+
+    def __call__(self, model: nn.Module) -> nn.Module: ...
+
+    def rebuild(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module: ...
+
+
+class Chain:
+    """Transforms that run one after the other; itself a ModelTransform.
+
+    Args:
+        transforms: In the order in which they run.
+
+    Raises:
+        CombinationError: If one of them makes no sense after one before it, with the reason.
+        ArgumentError: If there are none.
+    """
+
+    def __init__(self, *transforms: ModelTransform) -> None:
+        if not transforms:
+            raise ArgumentError("transforms must hold one transform at least; got none.")
+        for place, later in enumerate(transforms):
+            for earlier in transforms[:place]:
+                _check_order(earlier.kind, later.kind, type(later).__name__, f"after {type(earlier).__name__}")
+        self.transforms = transforms
+        self.kind: TransformKind = transforms[-1].kind
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        for transform in self.transforms:
+            model = transform(model)
+        return model
+
+    def rebuild(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        for transform in self.transforms:
+            model = transform.rebuild(model, tensors)
+        return model
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.transforms))})"
+
+
+def treated_copy(model: nn.Module, transform: ModelTransform) -> nn.Module:
+    """A deep copy that the transform may change, of a model that it can treat.
+
+    Raises:
+        CombinationError: If an earlier treatment makes this one meaningless.
+        ArgumentError: If the model is no module or holds weights that are not finite.
+    """
+    name = type(transform).__name__
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    for path, module in model.named_modules():
+        earlier = getattr(module, "made_by", None)
+        if earlier is not None:
+            _check_order(earlier, transform.kind, name, f"on {path or 'the model'}, a {type(module).__name__}")
+    for path, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ArgumentError(f"weights must be finite; {path} holds NaN or infinity. Load or train the model again.")
+    return copy.deepcopy(model)
+
+
+def replace_linears(
+    model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], *, skip: Sequence[str] = (), tied: bool = False
+) -> list[str]:
+    """Put `make(path, layer)` in the place of every nn.Linear, in place, and return the paths replaced.
+
+    A layer that several parents hold is made once and stays shared. The output layer of nn.MultiheadAttention stays,
+    for its parent reads the weight and never calls the layer.
+
+    Args:
+        skip: Patterns, as in fnmatch, of the paths of layers to leave alone, e.g. "lm_head" or "*.head".
+        tied: Whether `make` keeps a weight that an embedding or another layer holds too as that same parameter.
+
+    Raises:
+        ArgumentError: If there is nothing to replace, a pattern names no layer, or a weight is held elsewhere too.
+    """
+    check_skip(model, skip, nn.Linear)
+    made: dict[int, nn.Module] = {}
+    replaced: list[str] = []
+    owners = None if tied else _owners(model)
+    for path, parent, name, layer in list(_linears(model)):
+        if any(fnmatchcase(path, pattern) for pattern in skip):
+            continue
+        if id(layer) not in made:
+            if owners is not None:
+                _check_untied(path, layer, owners)
+            made[id(layer)] = make(path, layer)
+        setattr(parent, name, made[id(layer)])
+        replaced.append(path)
+    if not replaced:
+        raise ArgumentError("model must hold a torch.nn.Linear that is not skipped; it holds none.")
+    return replaced
+
+
+def check_skip(model: nn.Module, skip: Sequence[str], kind: type[nn.Module]) -> None:
+    """Refuse patterns that no module of that kind answers to.
+
+    Raises:
+        ArgumentError: If there is such a pattern.
+    """
+    if isinstance(skip, str):
+        raise ArgumentError(f"skip must be a sequence of patterns; got the single text {skip!r}. Write ({skip!r},).")
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)]
+    for pattern in skip:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+            raise ArgumentError(f"skip must name layers of the model; {pattern!r} names none of {known}.")
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that a state_dict holds, each shared one once."""
+    tensors = model.state_dict(keep_vars=True).values()
+    unique = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape): t.nbytes for t in tensors}
+    return sum(unique.values())
+
+
+def _check_order(earlier: TransformKind, later: TransformKind, name: str, where: str) -> None:
+    reason = _MEANINGLESS.get((earlier, later))
+    if reason is not None:
+        raise CombinationError(f"{name} makes no sense {where}: {reason}.")
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
+    """(path, parent, name in the parent, layer) under every path, shared layers under each of theirs."""
+    found = []
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        if isinstance(parent, nn.MultiheadAttention):
+            continue
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                found.append((f"{prefix}.{name}" if prefix else name, parent, name, child))
+    return found
+
+
+def _owners(model: nn.Module) -> dict[int, dict[int, str]]:
+    """For each parameter, by id, the modules that hold it: their ids and paths."""
+    owners: dict[int, dict[int, str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[id(module)] = path
+    return owners
+
+
+def _check_untied(path: str, layer: nn.Linear, owners: dict[int, dict[int, str]]) -> None:
+    others = [other for module, other in owners[id(layer.weight)].items() if module != id(layer)]
+    if others:
+        raise ArgumentError(
+            f"weights must belong to one layer; {path} and {others[0]} share theirs, which would be stored twice. "
+            f"Pass skip=({path!r},) or untie them."
+        )
