@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from transformer_problems.core.errors import MissingDependencyError
-from transformer_problems.kernels.linear import Linear, linear, row_backend
+from transformer_problems.kernels.linear import Linear, linear
+from transformer_problems.kernels.single_row import row_backend
 from transformer_problems.lab.meters.flops import count_flops
 
 
@@ -49,7 +50,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*arguments: object, **keywords: object) -> None:
         raise MissingDependencyError("no C++ compiler found")
 
-    monkeypatch.setattr("transformer_problems.kernels.linear.load", refuse)
+    monkeypatch.setattr("transformer_problems.kernels.single_row.load", refuse)
     row_backend.cache_clear()
     yield
     row_backend.cache_clear()

@@ -16,6 +16,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.slots import token_positions
 from transformer_problems.kernels.linear import Linear, linear
+from transformer_problems.kernels.rms_norm import RMSNorm
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.stack import StackState, TransformerLayers, check_state, check_tokens
 from transformer_problems.solutions.attention.self_attention import SelfAttention
@@ -196,7 +197,7 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.config = config
         width, head_dim = config.embed_dim, config.embed_dim // config.num_heads
-        norm = partial(nn.RMSNorm, eps=config.norm_eps)
+        norm = partial(RMSNorm, eps=config.norm_eps)
         position = RotaryEmbedding(head_dim, base=config.rotary_base)
         self.embedding = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
         self.blocks = TransformerLayers(

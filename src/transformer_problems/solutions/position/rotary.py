@@ -32,9 +32,11 @@ class RotaryEmbedding(PositionEncoding):
         require_multiple_of("head_dim", head_dim, 2, "a pair of features")
         require_positive(base=base)
         self.head_dim, self.base = head_dim, base
+        self._on_cpu = inverse_frequencies(head_dim, base, torch.device("cpu"))  # not a buffer, which .to() would round
 
     def rotate(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
-        inverse_frequency = inverse_frequencies(self.head_dim, self.base, q.device)
+        is_cpu = q.device.type == "cpu"
+        inverse_frequency = self._on_cpu if is_cpu else inverse_frequencies(self.head_dim, self.base, q.device)
         return turn(q, k, q_positions, k_positions, inverse_frequency)
 
     def extra_repr(self) -> str:

@@ -1,8 +1,10 @@
-// y = W x for a bfloat16 matrix [outputs, inputs] in row-major order and one row of it: what a step of decoding does.
+// What a step of decoding does to its single row in bfloat16: y = W x for a matrix [outputs, inputs] in row-major order,
+// and y = x / sqrt(mean(x^2) + eps) * w.
 //
-// Every weight is read once, so memory sets the pace. A worker takes a range of rows, widens the weights to float32 by
+// Of a matrix every weight is read once, so memory sets the pace. A worker takes a range of rows, widens the weights to float32 by
 // a shift, and asks for the bytes some lines ahead, which the processor's own prefetcher, stopped by each page, does not.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -67,4 +69,19 @@ extern "C" void row_product_bfloat16(const uint16_t* weight, const uint16_t* x, 
   for (int64_t i = 0; i < inputs; ++i) wide[i] = widened_one(x[i]);
 #pragma omp parallel for num_threads(workers) schedule(static)
   for (int64_t o = 0; o < outputs; ++o) y[o] = rounded(row_times(weight + o * inputs, wide.data(), inputs));
+}
+
+extern "C" void rms_norm_bfloat16(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t width, double eps) {
+  float squares[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float value = widened_one(x[i + lane]);
+      squares[lane] += value * value;
+    }
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += squares[lane];
+  for (; i < width; ++i) sum += widened_one(x[i]) * widened_one(x[i]);
+  const float scale = 1 / std::sqrt(sum / float(width) + float(eps));
+  for (i = 0; i < width; ++i) y[i] = rounded(widened_one(x[i]) * scale * widened_one(weight[i]));
 }
