@@ -62,7 +62,7 @@ def row_product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def row_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 and rounded once. x: [..., C], one row; weight: [C]; output as x."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once. x: [..., C], one row; weight: [C]; output as x."""
     y: Tensor = _ROW_RMS_NORM(x, weight, eps)
     return y
 
