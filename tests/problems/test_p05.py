@@ -22,6 +22,7 @@ from transformer_problems.lab.training import BatchLoss, TrainingPlan
 from transformer_problems.models.vision import VisionTransformer
 from transformer_problems.problems.p05_no_local_inductive_bias import experiment as p05
 from transformer_problems.problems.p05_no_local_inductive_bias.distance import attention_distances
+from transformer_problems.problems.p05_no_local_inductive_bias.task import Examples, Form, built_in_task
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 
@@ -54,8 +55,9 @@ def _values(measurements: list[Measurement], metric: str, x: float | None = None
     return [m.value for m in measurements if (m.metric, m.x) == (metric, x)]
 
 
-def _examples(arm: str) -> tuple[p05.Examples, p05.Examples]:
-    return p05.speech_examples() if arm in SPEECH else p05.image_examples()
+def _examples(arm: str) -> tuple[Examples, Examples]:
+    task = built_in_task(arm)
+    return task.known, task.tested
 
 
 def _rows(inputs: tuple[Tensor, ...]) -> list[tuple[float, ...]]:
@@ -63,14 +65,14 @@ def _rows(inputs: tuple[Tensor, ...]) -> list[tuple[float, ...]]:
     return [tuple(row) for row in torch.cat([part.flatten(1).float() for part in inputs], dim=1).tolist()]
 
 
-def _known(examples: p05.Examples) -> dict[tuple[float, ...], int]:
+def _known(examples: Examples) -> dict[tuple[float, ...], int]:
     return dict(zip(_rows(examples.inputs), examples.classes.tolist(), strict=True))
 
 
 class _Oracle(nn.Module):
     """Knows every example's class, and notes what it is shown in training and in test."""
 
-    def __init__(self, *parts: p05.Examples) -> None:
+    def __init__(self, *parts: Examples) -> None:
         super().__init__()
         self.known = {row: c for part in parts for row, c in _known(part).items()}
         self.learned: set[tuple[float, ...]] = set()
@@ -94,7 +96,7 @@ def _oracles(arm: str, folder: Path, *, seed: int = 0) -> tuple[list[_Oracle], l
     """What an arm's models, one for each number of examples, were shown; and what was measured of them."""
     oracles: list[_Oracle] = []
 
-    def build(arm: str, scale: int) -> nn.Module:
+    def build(arm: str, scale: int, form: Form) -> nn.Module:
         oracles.append(_Oracle(*_examples(arm)))
         return oracles[-1]
 
@@ -208,10 +210,10 @@ def test_no_two_arms_are_one_model() -> None:
 @pytest.mark.parametrize("scale", ["quick", "standard", "full"])
 def test_there_are_as_many_examples_as_are_asked_for(scale: Scale) -> None:
     size = p05._SIZES[scale]
-    assert size.image_examples[-1] <= len(p05.image_examples()[0].classes)
+    assert size.image_examples[-1] <= len(built_in_task("vit").known.classes)
     assert size.image_examples[0] == size.speech_examples[0] == p05._FEWEST
     if HAS_SPEECH:
-        assert size.speech_examples[-1] == len(p05.speech_examples()[0].classes)
+        assert size.speech_examples[-1] == len(built_in_task("encoder").known.classes)
 
 
 @pytest.mark.parametrize("arm", ["vit", pytest.param("encoder", marks=needs_speech)])
@@ -239,13 +241,13 @@ def test_all_arms_of_a_seed_learn_from_the_same_examples(tmp_path: Path) -> None
 
 def test_correct_compares_the_largest_score_with_the_class() -> None:
     scores = torch.tensor([[0.0, 2.0, 1.0], [5.0, 1.0, 1.0], [-3.0, -2.0, -1.0]])
-    assert p05.correct(nn.Identity(), p05.Examples((scores,), torch.tensor([1, 2, 2])), CPU) == [1.0, 0.0, 1.0]
+    assert p05.correct(nn.Identity(), Examples((scores,), torch.tensor([1, 2, 2])), CPU) == [1.0, 0.0, 1.0]
 
 
 @needs_speech
 def test_padding_behind_an_utterance_changes_no_answer() -> None:
     """So a score does not depend on how long the longest utterance of the test is."""
-    utterance = p05.speech_examples()[1].take(torch.tensor([0]), CPU)
+    utterance = built_in_task("encoder").tested.take(torch.tensor([0]), CPU)
     features, key_mask = utterance.inputs
     num = int(key_mask.sum())
     assert num < key_mask.shape[1]
@@ -331,6 +333,6 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     finding = EXPERIMENT.finding(Results([(Cell(5, "vit", "quick", 0), m) for m in found]))
     few, most = (sum(_values(found, "accuracy", x)) / 300 for x in (EXAMPLES[0], EXAMPLES[-1]))
     (first,), (last,) = (_values(found, "attention_distance", layer) for layer in (1, 4))
-    assert f"With 20 examples a plain Vision Transformer gets {few:.0%} of digits right, with" in finding
+    assert f"With 20 examples a plain Vision Transformer gets {few:.0%} of images right, with" in finding
     assert f"with {EXAMPLES[-1]} it gets {most:.0%};" in finding
     assert f"first layer looks across {first:.0%} of the image and its last across {last:.0%}." in finding

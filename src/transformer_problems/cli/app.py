@@ -90,6 +90,14 @@ def measure(
     out: Annotated[
         Path, typer.Option(parser=_folder, metavar="DIR", help="Folder for results, pictures and pages.")
     ] = Path("report"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_folder,
+            metavar="DIR",
+            help="Your own images or recordings, for problem 05: a sub-folder of files for each class, or idx files.",
+        ),
+    ] = None,
 ) -> None:
     """Measure problems and their solutions side by side on this machine, then draw what was measured.
 
@@ -97,7 +105,7 @@ def measure(
     """
     from transformer_problems.cli.measure import measure_problems
 
-    measure_problems(problems or [], scale.value, seeds, device.value, out)
+    measure_problems(problems or [], scale.value, seeds, device.value, out, data)
 
 
 @app.command()

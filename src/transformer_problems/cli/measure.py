@@ -16,6 +16,7 @@ from transformer_problems.core.summaries import ProblemSummary
 from transformer_problems.lab.device import DeviceChoice, resolve_device
 from transformer_problems.lab.engine import Done, Failed
 from transformer_problems.lab.engine import Progress as CellProgress
+from transformer_problems.lab.experiment import ReadsData
 from transformer_problems.lab.export import export_csv, export_json
 from transformer_problems.lab.runner import Run, RunRequest
 from transformer_problems.lab.store import Store
@@ -24,13 +25,17 @@ from transformer_problems.problems import experiment_of, has_experiment, load_ex
 from transformer_problems.report import write_report
 
 
-def measure_problems(names: Sequence[str], scale: Scale, seeds: int | None, device: DeviceChoice, out: Path) -> None:
-    """Measure the named problems, or all that have an experiment, and draw the report."""
+def measure_problems(
+    names: Sequence[str], scale: Scale, seeds: int | None, device: DeviceChoice, out: Path, data: Path | None = None
+) -> None:
+    """Measure the named problems, or all that have an experiment (and read such data), and draw the report."""
     catalogue = load_catalogue()
     problems = _chosen(catalogue, names)
+    if data is not None and not names:
+        problems = [problem for problem in problems if isinstance(load_experiment(problem), ReadsData)]
     resolve_device(device)
     rooms = {problem.number: room_of(problem).rpartition(".")[2] for problem in problems}
-    request = RunRequest(rooms, experiment_of, scale, device, out, seeds)
+    request = RunRequest(rooms, experiment_of, scale, device, out, seeds, data)
     _make_folder(out)
     with Store.open(request.store_path) as store:
         run = Run(request, store)

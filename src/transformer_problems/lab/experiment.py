@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,12 +16,17 @@ from transformer_problems.lab.results import Results
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What one cell is given to measure with."""
+    """What one cell is given to measure with.
+
+    Args:
+        data: The user's own data, which the experiment said it reads; None for its built-in sets.
+    """
 
     cell: Cell
     device: torch.device
     models: ModelCache
     progress: Callable[[float], None]
+    data: Path | None = None
 
 
 class Experiment(Protocol):
@@ -53,4 +59,17 @@ class HasNotes(Protocol):
 
     def notes(self, results: Results) -> tuple[str, ...]:
         """One plain paragraph each; of a run that is not complete, what can be said of it. `results` are not empty."""
+        ...
+
+
+@runtime_checkable
+class ReadsData(Protocol):
+    """An experiment that takes a folder of the user's own data in place of its built-in sets."""
+
+    def arms_for(self, data: Path) -> frozenset[str]:
+        """Slugs of the arms that such data is for.
+
+        Raises:
+            ArgumentError: If nothing in the folder can be read.
+        """
         ...

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from transformer_problems.core.records import Environment
 
@@ -28,6 +29,13 @@ def run_fingerprint(room: str, where: Environment, text: str) -> str:
     """
     settings = (where.processor, where.threads, where.torch, where.python, text)
     return f"{code_fingerprint(room)}-{where.device}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:6]}"
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of the names and sizes of a folder's files, all the way down: data too large to be read for its key."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    listed = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
 
 
 def hash_files(files: Iterable[tuple[str, Traversable]]) -> str:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Cell, Measurement, Scale
 from transformer_problems.lab.data.text import load_text
 from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
 from transformer_problems.lab.engine import Done, Failed, LocalEngine, Outcome
-from transformer_problems.lab.experiment import Bench, Experiment
-from transformer_problems.lab.fingerprint import run_fingerprint
+from transformer_problems.lab.experiment import Bench, Experiment, ReadsData
+from transformer_problems.lab.fingerprint import folder_fingerprint, run_fingerprint
 from transformer_problems.lab.model_cache import ModelCache
 from transformer_problems.lab.store import Store
 
@@ -28,6 +29,7 @@ class RunRequest:
         load: Gives a problem's experiment; a top-level function, so that a worker process can call it.
         seeds: Seeds an arm; None for what each experiment says.
         out: Folder that holds results.sqlite and the cache.
+        data: A folder of the user's own data, which every experiment asked for must read.
     """
 
     rooms: Mapping[int, str]
@@ -36,6 +38,7 @@ class RunRequest:
     device: DeviceChoice
     out: Path
     seeds: int | None = None
+    data: Path | None = None
 
     @property
     def store_path(self) -> Path:
@@ -48,6 +51,8 @@ class Run:
     def __init__(self, request: RunRequest, store: Store) -> None:
         self.request, self.store = request, store
         where, text = describe_environment(resolve_device(request.device), revision=""), load_text().source
+        if request.data is not None:
+            text = f"{text}\0{folder_fingerprint(request.data)}"
         self.fingerprints = {number: run_fingerprint(room, where, text) for number, room in request.rooms.items()}
         self.planned = [cell for number in request.rooms for cell in self._cells(number)]
         finished = store.finished(set(self.fingerprints.values()))
@@ -59,7 +64,12 @@ class Run:
         environments = {n: describe_environment(device, revision) for n, revision in self.fingerprints.items()}
         engine = LocalEngine(
             partial(
-                measure_cell, self.request.load, self.request.out / "cache", self.request.device, self.fingerprints
+                measure_cell,
+                self.request.load,
+                self.request.out / "cache",
+                self.request.device,
+                self.fingerprints,
+                self.request.data,
             ),
             timeout_s=_CELL_TIMEOUT_S[self.request.scale],
             log=self.request.out / "worker.log",
@@ -73,10 +83,22 @@ class Run:
             yield outcome
 
     def _cells(self, number: int) -> Iterator[Cell]:
-        experiment = self.request.load(number)
+        experiment, data = self.request.load(number), self.request.data
+        chosen = None if data is None else _arms_for(experiment, data)
         for seed in range(self.request.seeds or experiment.num_seeds(self.request.scale)):
             for arm in experiment.arms:
+                if chosen is not None and arm.slug not in chosen:
+                    continue
                 yield Cell(number, arm.slug, self.request.scale, seed)
+
+
+def _arms_for(experiment: Experiment, data: Path) -> frozenset[str]:
+    if not isinstance(experiment, ReadsData):
+        raise ArgumentError(
+            f"problem {experiment.problem:02d} reads no data of its user's; got {data}. Leave the data out, or name "
+            "the problems that do."
+        )
+    return experiment.arms_for(data)
 
 
 def measure_cell(
@@ -84,9 +106,10 @@ def measure_cell(
     cache: Path,
     device: DeviceChoice,
     fingerprints: Mapping[int, str],
+    data: Path | None,
     cell: Cell,
     progress: Callable[[float], None],
 ) -> list[Measurement]:
     """Measure one cell; what the worker process runs."""
-    bench = Bench(cell, resolve_device(device), ModelCache(cache, fingerprints[cell.problem]), progress)
+    bench = Bench(cell, resolve_device(device), ModelCache(cache, fingerprints[cell.problem]), progress, data)
     return list(load(cell.problem).measure(bench))

@@ -36,7 +36,8 @@ def initialise_from_layers(
     chosen = tuple(i * many // few for i in range(few)) if layers is None else tuple(layers)
     if len(chosen) != few or not all(isinstance(i, int) and 0 <= i < many for i in chosen):
         raise ArgumentError(
-            f"layers must name one of the teacher's {many} layers, from 0, for each of the student's {few}; got {chosen}."
+            f"layers must name one of the teacher's {many} layers, from 0, for each of the student's {few}; got "
+            f"{chosen}."
         )
     sources = {name: _source(name, stack, chosen) for name in taken}
     for name, source in sources.items():
