@@ -176,11 +176,18 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
         10: ("learning_rate_sensitivity", None, "lower", "ratio", 0.1),
         11: ("rank_one_distance", "last", "higher", "ratio", 0.1),
         12: ("latency_s", "last", "lower", "ratio", 0.1),
+        13: ("finetune_peak_bytes", "last", "lower", "ratio", 0.1),
         14: ("accuracy", 0.95, "higher", "difference", 0.02),
         16: ("flops", "last", "lower", "ratio", 0.1),
     }
     own = {pair.key: pair.criterion.metric for pair in PAIRS if pair.criterion != pair.problem.criterion}
-    assert own == {"01/flash-attention": "peak_memory_bytes", "11/drophead": "head_dominance"}
+    assert own == {
+        "01/flash-attention": "peak_memory_bytes",
+        "11/drophead": "head_dominance",
+        "13/parameter-sharing": "stored_bytes",
+        "13/pruning": "stored_bytes",
+        "13/distillation": "stored_bytes",
+    }
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.key)

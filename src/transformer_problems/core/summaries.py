@@ -39,6 +39,8 @@ class Chart:
         y_from: Where a linear y axis begins at the latest, such as at 0; None begins where the lines do.
         draws: Slugs of the arms that get a line on the right (crowded charts leave variants to the table);
             empty draws all.
+        x_metric: A metric measured at the same x as `metric`, whose mean takes the place of x: what each size costs
+            against what it gives. Empty draws x itself.
     """
 
     metric: str
@@ -52,6 +54,7 @@ class Chart:
     y_log: bool = False
     y_from: float | None = None
     draws: tuple[str, ...] = ()
+    x_metric: str = ""
 
 
 @dataclass(frozen=True, slots=True)

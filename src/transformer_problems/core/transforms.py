@@ -170,7 +170,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
     for prefix, parent in model.named_modules(remove_duplicate=False):
         if isinstance(parent, nn.MultiheadAttention):
             continue
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children leaves out a child's second name
             if isinstance(child, nn.Linear):
                 found.append((f"{prefix}.{name}" if prefix else name, parent, name, child))
     return found

@@ -98,7 +98,16 @@ def _with_variants(row: Row, rows: Sequence[Row]) -> Row:
 def _line(experiment: Experiment, arm: Arm, results: Results) -> Line:
     metric = experiment.chart.metric
     estimates = {x: _estimate(experiment, metric, arm, results, x) for x in results.xs(arm.slug, metric)}
-    return Line(arm, tuple(Point(x, estimate) for x, estimate in estimates.items() if estimate))
+    points = (Point(_place(experiment, arm, results, x), estimate) for x, estimate in estimates.items() if estimate)
+    return Line(arm, tuple(points))
+
+
+def _place(experiment: Experiment, arm: Arm, results: Results, x: float) -> float:
+    """Where a point lies: at x, or at the mean of what the chart shows in its place, infinite where that diverged."""
+    if not experiment.chart.x_metric:
+        return x
+    samples = results.samples(arm.slug, experiment.chart.x_metric, x)
+    return math.inf if samples is None else float(samples.mean())
 
 
 def _estimate(experiment: Experiment, metric: str, arm: Arm, results: Results, x: float | None) -> Interval | None:
