@@ -60,3 +60,9 @@ def input_statistic(
         if not torch.isfinite(found[id(layer)]).all():
             raise ArgumentError(f"calibration must be finite; what reaches {path} is not. Look for NaN in the inputs.")
     return {path: found[id(layer)] for path, layer in asked.items()}
+
+
+def largest_of_each(so_far: Tensor | None, inputs: Tensor) -> Tensor:
+    """A statistic: the largest magnitude of each input over tokens, [I]. inputs: [tokens, I]."""
+    largest = inputs.float().abs().amax(dim=0)
+    return largest if so_far is None else torch.maximum(so_far, largest)
