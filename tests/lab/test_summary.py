@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
 
 from transformer_problems.catalogue import load_catalogue
 from transformer_problems.core.records import Cell, Environment, Measurement
@@ -206,3 +209,16 @@ def test_a_failed_seed_of_the_baseline_leaves_the_finding_of_the_others() -> Non
 def test_a_promise_that_is_not_a_number_is_broken() -> None:
     records = [(Cell(1, "sparse", "quick", 0), Measurement("changed", "1", math.nan))]
     assert Results(records).largest("sparse", "changed") == math.inf
+
+
+def test_a_chart_of_quality_against_cost_puts_each_point_at_its_mean_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "chart", replace(Toy.chart, x_metric="flops"))
+    flops = [
+        (Cell(1, "dense", "quick", seed), Measurement("flops", "FLOP", value, x, "tokens"))
+        for x, values in ((4.0, (10.0, 30.0, 20.0)), (LONGEST, (100.0, 100.0, 130.0)))
+        for seed, value in enumerate(values)
+    ]
+    summary = summary_of([*healthy(), *times("dense", [2.0, 2.0, 2.0], x=4.0), *flops])
+    lines = {line.arm.slug: [point.x for point in line.points] for line in summary.lines}
+    assert lines["dense"] == [20.0, 110.0]
+    assert lines["sparse"] == [math.inf]  # without a cost it has no place, and is not drawn

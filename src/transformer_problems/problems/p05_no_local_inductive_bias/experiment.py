@@ -160,17 +160,19 @@ class NoLocalInductiveBias:
 
     def notes(self, results: Results) -> tuple[str, ...]:
         size = _SIZES[results.scale]
-        own = [results.samples(arm, "own_examples") for arm in ("vit", "encoder")]
-        if any(samples is not None for samples in own):
-            return (
-                "Measured on the user's own data, a fifth of it held out for the test where it comes without a split; "
-                "images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame.",
-            )
-        return (
+        sources = (
             "Images are scikit-learn's digits of 8 x 8 pixels (the test set of Alpaydin and Kaynak's Optical "
             "Recognition of Handwritten Digits, UCI, CC BY 4.0), which windows and pyramids were not made for; speech "
             "is that of nine speakers who say one diphthong, as 12 coefficients a frame, and the speaker is asked for "
-            "(Kudo, Toyama and Shimbo's Japanese Vowels, UCI, CC BY 4.0, as the package aeon carries it).",
+            "(Kudo, Toyama and Shimbo's Japanese Vowels, UCI, CC BY 4.0, as the package aeon carries it)."
+        )
+        if any(results.samples(arm, "own_examples") is not None for arm in ("vit", "encoder")):
+            sources = (
+                "Measured on the user's own data, a fifth of it held out for the test where it comes without a split; "
+                "images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame."
+            )
+        return (
+            sources,
             f"Every model of images takes {size.image_steps} steps, every model of speech "
             f"{size.speech_steps}, whatever the number of examples. Where an interval is wide, some seeds had not left "
             "chance by then: that is speed of learning as much as what was learned.",
