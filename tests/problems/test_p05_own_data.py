@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from transformer_problems.cli.app import app
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Cell
-from transformer_problems.lab.experiment import Bench, ReadsData
+from transformer_problems.lab.experiment import Bench, OwnData, ReadsData
 from transformer_problems.lab.model_cache import ModelCache
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.runner import Run, RunRequest
@@ -59,7 +59,7 @@ def idx_folder(folder: Path) -> Path:
 
 def bench(arm: str, folder: Path, data: Path) -> Bench:
     models = ModelCache(folder / "cache", "code")
-    return Bench(Cell(5, arm, "quick", 0), torch.device("cpu"), models, lambda share: None, data)
+    return Bench(Cell(5, arm, "quick", 0), torch.device("cpu"), models, lambda share: None, OwnData(data))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def bench(arm: str, folder: Path, data: Path) -> Bench:
 )
 def test_a_folder_becomes_a_task_without_overlap(make, shape, classes: int, sizes: tuple[int, int], tmp_path) -> None:
     shares: list[float] = []
-    task = own_task(make(tmp_path / "data"), shares.append)
+    task = own_task(OwnData(make(tmp_path / "data")), shares.append)
     assert (len(task.known), len(task.tested)) == sizes
     assert task.form.num_classes == classes and shares[-1] == 1
     one = task.known.take(torch.arange(2), torch.device("cpu"))
@@ -95,7 +95,13 @@ def test_every_arm_measures_its_kind_of_data(arm: str, tmp_path: Path, monkeypat
 def test_only_the_arms_of_that_kind_are_planned_and_the_data_is_part_of_the_key(tmp_path: Path) -> None:
     def run(data: Path | None) -> Run:
         request = RunRequest(
-            {5: "p05_no_local_inductive_bias"}, experiment_of, "quick", "cpu", tmp_path, seeds=1, data=data
+            {5: "p05_no_local_inductive_bias"},
+            experiment_of,
+            "quick",
+            "cpu",
+            tmp_path,
+            seeds=1,
+            data=data and OwnData(data),
         )
         with Store.open(request.store_path) as store:
             return Run(request, store)
@@ -128,4 +134,19 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_2(tmp_path: Path) -> None
         assert isinstance(done.exception, ArgumentError) and words in str(done.exception)
     for data, words in ((one, "two classes at least"), (text, "has none, of 1 unreadable")):
         with pytest.raises(ArgumentError, match=words):
-            own_task(data, lambda share: None)
+            own_task(OwnData(data), lambda share: None)
+
+
+@pytest.mark.parametrize(("make", "suffix"), [(image_folder, "png"), (wav_folder, "wav")])
+@pytest.mark.filterwarnings("ignore:1 unreadable")
+def test_unreadable_files_are_told_on_the_page_or_refused(make, suffix: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(p05._SIZES, "quick", TINY)
+    data = make(tmp_path / "data")
+    broken = next(data.iterdir()) / f"broken.{suffix}"
+    broken.write_text("neither image nor sound")
+    arm = "vit" if make is image_folder else "encoder"
+    found = list(EXPERIMENT.measure(bench(arm, tmp_path, data)))
+    results = Results([(Cell(5, arm, "quick", 0), m) for m in found])
+    assert "could not be read and are left out: 1." in EXPERIMENT.notes(results)[0]
+    with pytest.raises(ArgumentError, match=f"broken.{suffix}"):
+        own_task(OwnData(data, strict=True), lambda share: None)

@@ -98,6 +98,9 @@ def measure(
             help="Your own images or recordings, for problem 05: a sub-folder of files for each class, or idx files.",
         ),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse files of --data that cannot be read, rather than leave them out.")
+    ] = False,
 ) -> None:
     """Measure problems and their solutions side by side on this machine, then draw what was measured.
 
@@ -105,7 +108,7 @@ def measure(
     """
     from transformer_problems.cli.measure import measure_problems
 
-    measure_problems(problems or [], scale.value, seeds, device.value, out, data)
+    measure_problems(problems or [], scale.value, seeds, device.value, out, data, strict)
 
 
 @app.command()

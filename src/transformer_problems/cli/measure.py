@@ -16,7 +16,7 @@ from transformer_problems.core.summaries import ProblemSummary
 from transformer_problems.lab.device import DeviceChoice, resolve_device
 from transformer_problems.lab.engine import Done, Failed
 from transformer_problems.lab.engine import Progress as CellProgress
-from transformer_problems.lab.experiment import ReadsData
+from transformer_problems.lab.experiment import OwnData, ReadsData
 from transformer_problems.lab.export import export_csv, export_json
 from transformer_problems.lab.runner import Run, RunRequest
 from transformer_problems.lab.store import Store
@@ -26,7 +26,13 @@ from transformer_problems.report import write_report
 
 
 def measure_problems(
-    names: Sequence[str], scale: Scale, seeds: int | None, device: DeviceChoice, out: Path, data: Path | None = None
+    names: Sequence[str],
+    scale: Scale,
+    seeds: int | None,
+    device: DeviceChoice,
+    out: Path,
+    data: Path | None = None,
+    strict: bool = False,
 ) -> None:
     """Measure the named problems, or all that have an experiment (and read such data), and draw the report."""
     catalogue = load_catalogue()
@@ -35,7 +41,9 @@ def measure_problems(
         problems = [problem for problem in problems if isinstance(load_experiment(problem), ReadsData)]
     resolve_device(device)
     rooms = {problem.number: room_of(problem).rpartition(".")[2] for problem in problems}
-    request = RunRequest(rooms, experiment_of, scale, device, out, seeds, data)
+    request = RunRequest(
+        rooms, experiment_of, scale, device, out, seeds, None if data is None else OwnData(data, strict)
+    )
     _make_folder(out)
     with Store.open(request.store_path) as store:
         run = Run(request, store)

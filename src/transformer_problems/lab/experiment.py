@@ -15,6 +15,18 @@ from transformer_problems.lab.results import Results
 
 
 @dataclass(frozen=True, slots=True)
+class OwnData:
+    """A folder of the user's own data.
+
+    Args:
+        strict: Refuse files that cannot be read, where others would be left out.
+    """
+
+    folder: Path
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """What one cell is given to measure with.
 
@@ -26,7 +38,7 @@ class Bench:
     device: torch.device
     models: ModelCache
     progress: Callable[[float], None]
-    data: Path | None = None
+    data: OwnData | None = None
 
 
 class Experiment(Protocol):
@@ -66,7 +78,7 @@ class HasNotes(Protocol):
 class ReadsData(Protocol):
     """An experiment that takes a folder of the user's own data in place of its built-in sets."""
 
-    def arms_for(self, data: Path) -> frozenset[str]:
+    def arms_for(self, data: OwnData) -> frozenset[str]:
         """Slugs of the arms that such data is for.
 
         Raises:

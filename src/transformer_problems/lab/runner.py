@@ -10,7 +10,7 @@ from transformer_problems.core.records import Cell, Measurement, Scale
 from transformer_problems.lab.data.text import load_text
 from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
 from transformer_problems.lab.engine import Done, Failed, LocalEngine, Outcome
-from transformer_problems.lab.experiment import Bench, Experiment, ReadsData
+from transformer_problems.lab.experiment import Bench, Experiment, OwnData, ReadsData
 from transformer_problems.lab.fingerprint import folder_fingerprint, run_fingerprint
 from transformer_problems.lab.model_cache import ModelCache
 from transformer_problems.lab.store import Store
@@ -38,7 +38,7 @@ class RunRequest:
     device: DeviceChoice
     out: Path
     seeds: int | None = None
-    data: Path | None = None
+    data: OwnData | None = None
 
     @property
     def store_path(self) -> Path:
@@ -52,7 +52,7 @@ class Run:
         self.request, self.store = request, store
         where, text = describe_environment(resolve_device(request.device), revision=""), load_text().source
         if request.data is not None:
-            text = f"{text}\0{folder_fingerprint(request.data)}"
+            text = f"{text}\0{folder_fingerprint(request.data.folder)}"
         self.fingerprints = {number: run_fingerprint(room, where, text) for number, room in request.rooms.items()}
         self.planned = [cell for number in request.rooms for cell in self._cells(number)]
         finished = store.finished(set(self.fingerprints.values()))
@@ -92,11 +92,11 @@ class Run:
                 yield Cell(number, arm.slug, self.request.scale, seed)
 
 
-def _arms_for(experiment: Experiment, data: Path) -> frozenset[str]:
+def _arms_for(experiment: Experiment, data: OwnData) -> frozenset[str]:
     if not isinstance(experiment, ReadsData):
         raise ArgumentError(
-            f"problem {experiment.problem:02d} reads no data of its user's; got {data}. Leave the data out, or name "
-            "the problems that do."
+            f"problem {experiment.problem:02d} reads no data of its user's; got {data.folder}. Leave the data out, "
+            "or name the problems that do."
         )
     return experiment.arms_for(data)
 
@@ -106,7 +106,7 @@ def measure_cell(
     cache: Path,
     device: DeviceChoice,
     fingerprints: Mapping[int, str],
-    data: Path | None,
+    data: OwnData | None,
     cell: Cell,
     progress: Callable[[float], None],
 ) -> list[Measurement]:

@@ -106,7 +106,9 @@ def test_strict_refuses_the_first_unreadable_image(folder: Path) -> None:
 
 def test_a_class_without_a_readable_image_is_refused(folder: Path) -> None:
     (folder / "dog" / "b.png").write_bytes(b"")
-    with pytest.raises(ArgumentError, match=r"every class must have a readable image; .*dog has none, of 1 unreadable"):
+    with pytest.raises(
+        ArgumentError, match=r"every class must have a file that can be read; .*dog has none, of 1 unreadable images"
+    ):
         load_image_folder(folder, size=4)
 
 

@@ -135,6 +135,21 @@ def test_damage_anywhere_is_one_clear_line(tmp_path: Path) -> None:
     assert outcomes == {True, "refused"}
 
 
+def test_unreadable_recordings_are_left_out_and_counted_or_refused(tmp_path: Path) -> None:
+    for name in ("a/x", "a/y", "b/z"):
+        write(tmp_path / f"{name}.wav", noise(300))
+    (tmp_path / "a" / "a.wav").write_bytes(b"no sound")
+    shares: list[float] = []
+    with pytest.warns(UserWarning, match=r"^1 unreadable recordings of .* left out, first .*a.wav \(.*PCM wav file"):
+        sounds = load_wav_folder(tmp_path, progress=shares.append)
+    assert sounds.num_skipped == 1 and sounds.classes.tolist() == [0, 0, 1] and shares[-1] == 1
+    with pytest.raises(ArgumentError, match=r"a.wav must be a PCM wav file"):
+        load_wav_folder(tmp_path, strict=True)
+    (tmp_path / "b" / "z.wav").write_bytes(b"")
+    with pytest.raises(ArgumentError, match=r"b has none, of 2 unreadable recordings"):
+        load_wav_folder(tmp_path)
+
+
 def test_folders_without_sounds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="path must be an existing folder; got .*nowhere"):
         load_wav_folder(tmp_path / "nowhere")

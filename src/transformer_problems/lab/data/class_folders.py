@@ -1,5 +1,6 @@
 """Folders whose sub-folders are classes."""
 
+import warnings
 from pathlib import Path
 
 from transformer_problems.core.errors import ArgumentError
@@ -40,6 +41,28 @@ def entries_of(path: Path) -> list[Path]:
         return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise ArgumentError(f"path must be a folder that can be listed; {path} cannot ({error}).") from error
+
+
+def check_left_out(kind: str, skipped: list[str], found: set[int], class_names: tuple[str, ...], path: Path) -> None:
+    """Warn of files that were left out, and refuse a class that lost all of its own.
+
+    Args:
+        kind: What they should have been, e.g. "images".
+        skipped: Each file with the reason.
+        found: Indices of the classes of which one could be read.
+
+    Raises:
+        ArgumentError: If there is a class without a readable file.
+    """
+    if not skipped:
+        return
+    for index, name in enumerate(class_names):
+        if index not in found:
+            raise ArgumentError(
+                f"every class must have a file that can be read; {path / name} has none, of {len(skipped)} unreadable "
+                f"{kind}, first {skipped[0]}. Replace its files."
+            )
+    warnings.warn(f"{len(skipped)} unreadable {kind} of {path} left out, first {skipped[0]}", stacklevel=3)
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -1,7 +1,6 @@
 """Labelled images from a folder that has a sub-folder of PNG or JPEG files for each class."""
 
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.lab.data.class_folders import files_by_class
+from transformer_problems.lab.data.class_folders import check_left_out, files_by_class
 from transformer_problems.lab.data.labelled import LabelledImages
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -56,7 +55,7 @@ def load_image_folder(
                     ) from error
             if progress is not None:
                 progress((len(images) + len(skipped)) / total)
-    _check_classes(set(classes), tuple(files), path, skipped)
+    check_left_out("images", skipped, set(classes), tuple(files), path)
     return LabelledImages(torch.stack(images), torch.tensor(classes), tuple(files), len(skipped))
 
 
@@ -68,16 +67,3 @@ def _read(file: Path, size: int) -> Tensor:
         upright = ImageOps.exif_transpose(opened)
         square = ImageOps.fit(upright.convert("RGB"), (size, size), method=Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).movedim(-1, 0)
-
-
-def _check_classes(found: set[int], class_names: tuple[str, ...], path: Path, skipped: list[str]) -> None:
-    """Refuse classes that lost all their images; tell of those that lost some."""
-    if not skipped:
-        return
-    for index, name in enumerate(class_names):
-        if index not in found:
-            raise ArgumentError(
-                f"every class must have a readable image; {path / name} has none, of {len(skipped)} unreadable, "
-                f"first {skipped[0]}. Replace its files."
-            )
-    warnings.warn(f"{len(skipped)} unreadable images of {path} left out, first {skipped[0]}", stacklevel=3)

@@ -33,17 +33,21 @@ class LabelledSequences:
         key_mask: [B, N] bool, True for real frames.
         classes: [B] int64, indices of `class_names`.
         class_names: One for each class.
+        num_skipped: Files that could not be read and are left out.
     """
 
     features: Tensor
     key_mask: Tensor
     classes: Tensor
     class_names: tuple[str, ...]
+    num_skipped: int = 0
 
     @classmethod
-    def padded(cls, sequences: list[Tensor], classes: list[int], class_names: tuple[str, ...]) -> Self:
+    def padded(
+        cls, sequences: list[Tensor], classes: list[int], class_names: tuple[str, ...], num_skipped: int = 0
+    ) -> Self:
         """From sequences [N, F] of any lengths N."""
         features = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         key_mask = torch.arange(features.shape[1]) < lengths[:, None]
-        return cls(features, key_mask, torch.tensor(classes), class_names)
+        return cls(features, key_mask, torch.tensor(classes), class_names, num_skipped)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.lab.data.class_folders import entries_of, files_by_class
+from transformer_problems.lab.data.class_folders import check_left_out, entries_of, files_by_class
 from transformer_problems.lab.data.labelled import LabelledSequences
 from transformer_problems.lab.data.log_mel import log_mel
 
@@ -19,21 +19,27 @@ ClassSource = Literal["folder", "prefix"]
 
 
 def load_wav_folder(
-    path: Path, *, class_from: ClassSource = "folder", progress: Callable[[float], None] | None = None
+    path: Path,
+    *,
+    class_from: ClassSource = "folder",
+    strict: bool = False,
+    progress: Callable[[float], None] | None = None,
 ) -> LabelledSequences:
     """Every wav file of a folder, as log-mel features of 40 bands, 100 frames a second; channels are averaged.
 
-    Classes are in the order of their names, and so are the files of each.
+    Classes are in the order of their names, and so are the files of each. Files that cannot be read are left out; how
+    many, a warning says at the end.
 
     Args:
         path: A folder with a sub-folder for each class, or with the files themselves. Hidden files are skipped.
         class_from: A file's class is the name of its sub-"folder", or the "prefix" of its own name, up to the first
             "_" or "-", as in 7_jackson_32.wav.
+        strict: Refuse the folder at the first file that cannot be read.
         progress: Called with the share of the files done.
 
     Raises:
-        ArgumentError: If the folder or its files are missing, a file is no PCM wav file of 8 to 32 bits, or their
-            sample rates differ.
+        ArgumentError: If the folder or every file of some class is missing or unreadable, in strict mode any, or if
+            sample rates differ. Readable are PCM wav files of 8 to 32 bits.
         UnknownNameError: If `class_from` is neither.
     """
     if class_from not in get_args(ClassSource):
@@ -41,19 +47,29 @@ def load_wav_folder(
     files = files_by_class(path, (".wav",)) if class_from == "folder" else _files_by_prefix(path)
     listed = [(file, index) for index, of_class in enumerate(files.values()) for file in of_class]
     sequences: list[Tensor] = []
-    first_rate = 0
-    for file, _ in listed:
-        waveform, rate = read_wav(file)
-        first_rate = first_rate or rate
-        if rate != first_rate:
-            raise ArgumentError(
-                f"all files must have one sample rate; {listed[0][0]} has {first_rate} and {file} has {rate}. "
-                "Resample one to the other's."
-            )
-        sequences.append(log_mel(waveform, rate))
+    classes: list[int] = []
+    skipped: list[str] = []
+    first: tuple[Path, int] | None = None
+    for done, (file, index) in enumerate(listed, start=1):
+        try:
+            waveform, rate = read_wav(file)
+        except ArgumentError as error:
+            if strict:
+                raise
+            skipped.append(f"{file} ({error})")
+        else:
+            first = first or (file, rate)
+            if rate != first[1]:
+                raise ArgumentError(
+                    f"all files must have one sample rate; {first[0]} has {first[1]} and {file} has {rate}. "
+                    "Resample one to the other's."
+                )
+            sequences.append(log_mel(waveform, rate))
+            classes.append(index)
         if progress is not None:
-            progress(len(sequences) / len(listed))
-    return LabelledSequences.padded(sequences, [index for _, index in listed], tuple(files))
+            progress(done / len(listed))
+    check_left_out("recordings", skipped, set(classes), tuple(files), path)
+    return LabelledSequences.padded(sequences, classes, tuple(files), len(skipped))
 
 
 def read_wav(file: Path) -> tuple[Tensor, int]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from transformer_problems.core.seeding import generator, seeded
 from transformer_problems.core.summaries import Arm, Chart, Column
 from transformer_problems.lab.data.choice import choose_labels, draw_batch
 from transformer_problems.lab.effects import Effect
-from transformer_problems.lab.experiment import Bench
+from transformer_problems.lab.experiment import Bench, OwnData
 from transformer_problems.lab.meters.flops import count_flops
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.training import TrainingPlan, plain_recipe, train
@@ -116,6 +115,7 @@ class NoLocalInductiveBias:
         counts = size.speech_examples if arm in SPEECH else size.image_examples
         if bench.data:
             yield Measurement("own_examples", "1", len(task.known))
+            yield Measurement("left_out", "1", task.num_skipped)
             counts = (*(num for num in counts if num < len(task.known)), len(task.known))
         model, right = nn.Module(), [0.0]
         for i, num in enumerate(counts):
@@ -155,8 +155,8 @@ class NoLocalInductiveBias:
             f"image and its last across {far.mean():.0%}."
         )
 
-    def arms_for(self, data: Path) -> frozenset[str]:
-        return SPEECH if kind_of(data) == "sounds" else frozenset(arm.slug for arm in self.arms) - SPEECH
+    def arms_for(self, data: OwnData) -> frozenset[str]:
+        return SPEECH if kind_of(data.folder) == "sounds" else frozenset(arm.slug for arm in self.arms) - SPEECH
 
     def notes(self, results: Results) -> tuple[str, ...]:
         size = _SIZES[results.scale]
@@ -166,10 +166,12 @@ class NoLocalInductiveBias:
             "is that of nine speakers who say one diphthong, as 12 coefficients a frame, and the speaker is asked for "
             "(Kudo, Toyama and Shimbo's Japanese Vowels, UCI, CC BY 4.0, as the package aeon carries it)."
         )
-        if any(results.samples(arm, "own_examples") is not None for arm in ("vit", "encoder")):
+        own = next((found for arm in self.arms if (found := results.largest(arm.slug, "left_out")) is not None), None)
+        if own is not None:
+            left_out = f" Files that could not be read and are left out: {own:.0f}." if own else ""
             sources = (
                 "Measured on the user's own data, a fifth of it held out for the test where it comes without a split; "
-                "images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame."
+                f"images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame.{left_out}"
             )
         return (
             sources,

@@ -17,6 +17,7 @@ from transformer_problems.lab.data.image_folder import load_image_folder
 from transformer_problems.lab.data.labelled import LabelledImages
 from transformer_problems.lab.data.speech import NUM_FEATURES, NUM_SPEAKERS, load_japanese_vowels
 from transformer_problems.lab.data.wav_folder import load_wav_folder
+from transformer_problems.lab.experiment import OwnData
 
 SPEECH = frozenset({"encoder", "conformer"})
 """The arms that hear; the others see."""
@@ -58,11 +59,12 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """Examples to learn from and to be tested on, and their form."""
+    """Examples to learn from and to be tested on, their form, and how many files could not be read."""
 
     known: Examples
     tested: Examples
     form: Form
+    num_skipped: int = 0
 
 
 def built_in_task(arm: str) -> Task:
@@ -96,27 +98,30 @@ def kind_of(data: Path) -> Literal["idx", "images", "sounds"]:
     )
 
 
-def own_task(data: Path, progress: Callable[[float], None]) -> Task:
+def own_task(own: OwnData, progress: Callable[[float], None]) -> Task:
     """The user's own images or recordings; a fifth of those without a split is held out for the test.
 
     Raises:
-        ArgumentError: If the data cannot be read, or is of one class.
+        ArgumentError: If the data cannot be read (any of it, where it says strict), or is of one class.
     """
+    data = own.folder
     kind = kind_of(data)
     if kind == "idx":
         train, test = (load_idx(data, split=split, progress=progress) for split in ("train", "test"))
         return Task(_images(train), _images(test), _form(train.pixels.shape[1], _OWN_SIDE, train.class_names, data))
     if kind == "images":
-        images = load_image_folder(data, size=_OWN_SIDE, progress=progress)
+        images = load_image_folder(data, size=_OWN_SIDE, strict=own.strict, progress=progress)
         whole, form = _images(images), _form(3, _OWN_SIDE, images.class_names, data)
+        num_skipped = images.num_skipped
     else:
-        sounds = load_wav_folder(data, progress=progress)
+        sounds = load_wav_folder(data, strict=own.strict, progress=progress)
         whole = Examples((sounds.features, sounds.key_mask), sounds.classes)
         form = _form(sounds.features.shape[2], 0, sounds.class_names, data)
+        num_skipped = sounds.num_skipped
     order = torch.randperm(len(whole), generator=generator(0, "own data"))
     num_tested = max(1, round(_HELD_OUT * len(whole)))
     cpu = torch.device("cpu")
-    return Task(_part(whole, order[num_tested:], cpu), _part(whole, order[:num_tested], cpu), form)
+    return Task(_part(whole, order[num_tested:], cpu), _part(whole, order[:num_tested], cpu), form, num_skipped)
 
 
 def _images(images: LabelledImages) -> Examples:
