@@ -64,6 +64,7 @@ def test_check_mixer_finds(check: str, hooks: dict[str, Callable]) -> None:
 
 @pytest.mark.parametrize("claimed", [None, 4])
 def test_check_mixer_finds_gradients_that_stop_elsewhere_than_said(claimed: int | None) -> None:
+    torch.manual_seed(0)  # gradcheck looks along one direction, in which one start in twelve loses next to nothing
     mixer = TransformerXL(16, 2, segment_len=3, memory_len=2)
     mixer.gradient_segment = claimed
     with pytest.raises(ContractError, match="gradients +broken"):
