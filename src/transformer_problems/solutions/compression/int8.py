@@ -120,8 +120,8 @@ class Int8Linear(nn.Module):
             rows if self.input_scale is None else rows / self.input_scale,
             self.codes,
             self._sums,
-            self.scales,
-            self.bias,
+            self.scales.float(),  # a model may have been changed to another dtype, which kernels do not read
+            None if self.bias is None else self.bias.float(),
             x_scale=None if self.x_scale is None else float(self.x_scale),
             backend=self.backend,
         )
