@@ -14,7 +14,7 @@ from transformer_problems.lab.results import Results
 from transformer_problems.problems.p13_large_model_size import experiment as p13
 from transformer_problems.problems.p13_large_model_size import transfer
 from transformer_problems.problems.p13_large_model_size.transfer import TransferPlan, build_model, prepared
-from transformer_problems.solutions.adaptation.lora import LoRALinear
+from transformer_problems.solutions.adaptation.lora_linear import LoRALinear
 from transformer_problems.solutions.adaptation.qlora import NF4Linear
 
 EXPERIMENT = p13.EXPERIMENT

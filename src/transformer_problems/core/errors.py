@@ -44,11 +44,15 @@ class UnknownNameError(ArgumentError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         self.kind, self.name = kind, name
         names = list(known)
-        self.nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        part = name.strip("*.")  # all of a plain name, the middle of a pattern
+        holding = [other for other in names if part and part in other]
+        self.nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.4) or holding[:3]
         if self.nearest:
             hint = f"Nearest: {', '.join(self.nearest)}."
+        elif len(names) > _FEW and kind in ("problem", "solution"):
+            hint = "See `transformer-problems list`."
         else:
-            hint = f"Known: {', '.join(names)}." if len(names) <= _FEW else "See `transformer-problems list`."
+            hint = f"Known: {', '.join(names[:_FEW])}{', ...' if len(names) > _FEW else '.'}"
         super().__init__(f"unknown {kind} {name!r}. {hint}")
 
 

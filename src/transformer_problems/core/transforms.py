@@ -103,37 +103,61 @@ def treated_copy(model: nn.Module, transform: ModelTransform) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def replace_linears(
-    model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], *, skip: Sequence[str] = (), tied: bool = False
+def replace_modules(
+    model: nn.Module, wanted: Callable[[str, nn.Module], bool], make: Callable[[str, nn.Module], nn.Module]
 ) -> list[str]:
-    """Put `make(path, layer)` in the place of every nn.Linear, in place, and return the paths replaced.
+    """Put `make(path, part)` in the place of every part that is wanted, in place, and return the paths replaced.
 
-    A layer that several parents hold is made once and stays shared. The output layer of nn.MultiheadAttention stays,
-    for its parent reads the weight and never calls the layer.
+    A part that several parents hold is made once and stays shared.
+    """
+    made: dict[int, nn.Module] = {}
+    replaced: list[str] = []
+    for prefix, parent in list(model.named_modules(remove_duplicate=False)):
+        for name, child in list(parent._modules.items()):  # named_children leaves out a child's second name
+            path = f"{prefix}.{name}" if prefix else name
+            if child is None or not wanted(path, child):
+                continue
+            if id(child) not in made:
+                made[id(child)] = make(path, child)
+            setattr(parent, name, made[id(child)])
+            replaced.append(path)
+    return replaced
+
+
+def replace_linears(
+    model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], *, skip: Sequence[str] = ()
+) -> list[str]:
+    """`replace_modules` for every nn.Linear that is not skipped.
+
+    The output layer of nn.MultiheadAttention stays, for its parent reads the weight and never calls the layer.
 
     Args:
         skip: Patterns, as in fnmatch, of the paths of layers to leave alone, e.g. "lm_head" or "*.head".
-        tied: Whether `make` keeps a weight that an embedding or another layer holds too as that same parameter.
 
     Raises:
         ArgumentError: If there is nothing to replace, a pattern names no layer, or a weight is held elsewhere too.
     """
     check_skip(model, skip, nn.Linear)
-    made: dict[int, nn.Module] = {}
-    replaced: list[str] = []
-    owners = None if tied else _owners(model)
-    for path, parent, name, layer in list(_linears(model)):
-        if any(fnmatchcase(path, pattern) for pattern in skip):
-            continue
-        if id(layer) not in made:
-            if owners is not None:
-                _check_untied(path, layer, owners)
-            made[id(layer)] = make(path, layer)
-        setattr(parent, name, made[id(layer)])
-        replaced.append(path)
+    uncalled = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
+    owners = _owners(model)
+
+    def wanted(path: str, part: nn.Module) -> bool:
+        return isinstance(part, nn.Linear) and id(part) not in uncalled and not matches(path, skip)
+
+    def made(path: str, part: nn.Module) -> nn.Module:
+        assert isinstance(part, nn.Linear)
+        _check_untied(path, part, owners)
+        return make(path, part)
+
+    replaced = replace_modules(model, wanted, made)
     if not replaced:
         raise ArgumentError("model must hold a torch.nn.Linear that is not skipped; it holds none.")
     return replaced
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns, as in fnmatch, names the path."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def check_skip(model: nn.Module, skip: Sequence[str], kind: type[nn.Module]) -> None:
@@ -146,7 +170,7 @@ def check_skip(model: nn.Module, skip: Sequence[str], kind: type[nn.Module]) -> 
         raise ArgumentError(f"skip must be a sequence of patterns; got the single text {skip!r}. Write ({skip!r},).")
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)]
     for pattern in skip:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        if not any(matches(path, (pattern,)) for path in paths):
             known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
             raise ArgumentError(f"skip must name layers of the model; {pattern!r} names none of {known}.")
 
@@ -162,18 +186,6 @@ def _check_order(earlier: TransformKind, later: TransformKind, name: str, where:
     reason = _MEANINGLESS.get((earlier, later))
     if reason is not None:
         raise CombinationError(f"{name} makes no sense {where}: {reason}.")
-
-
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
-    """(path, parent, name in the parent, layer) under every path, shared layers under each of theirs."""
-    found = []
-    for prefix, parent in model.named_modules(remove_duplicate=False):
-        if isinstance(parent, nn.MultiheadAttention):
-            continue
-        for name, child in parent._modules.items():  # named_children leaves out a child's second name
-            if isinstance(child, nn.Linear):
-                found.append((f"{prefix}.{name}" if prefix else name, parent, name, child))
-    return found
 
 
 def _owners(model: nn.Module) -> dict[int, dict[int, str]]:

@@ -2,103 +2,26 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive, require_positive_int
-from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
+from transformer_problems.core.arguments import require_positive, require_positive_int, require_share
+from transformer_problems.core.errors import ArgumentError, OutputError, UnknownNameError
 from transformer_problems.core.seeding import generator
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
-
-
-class FrozenBase(Protocol):
-    """A frozen matrix product that an adapter stands beside: a linear layer, or one whose weight is packed.
-
-    `as_linear` gives a plain layer with a change added to its weight, [O, I].
-    """
-
-    in_features: int
-    out_features: int
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def as_linear(self, change: Tensor) -> nn.Linear: ...
-
-
-class LoRALinear(nn.Module):
-    """base(x) + alpha / R * B A x with a base that does not learn, A [R, I] and B [O, R].
-
-    B starts at zero, so the layer starts as its base. Costs 2 R (I + O) FLOPs a token beside the base, and nothing
-    once merged.
-
-    Args:
-        base: A linear layer, or a frozen one of packed weights.
-        rank: R.
-        alpha: The change is scaled by alpha / R, so that a learning rate suits any rank.
-        dropout: Share of the adapter's inputs that are zeroed while training.
-        draws: Where A's values come from.
-
-    Shape:
-        x: [..., I]; output: [..., O].
-    """
-
-    made_by: TransformKind = "adapt"
-
-    def __init__(
-        self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, draws: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        sizes = cast("FrozenBase", base)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        device, dtype = _place_of(base)
-        bound = 1 / math.sqrt(sizes.in_features)  # Kaiming uniform with a = sqrt(5), as nn.Linear starts
-        start = (torch.rand(rank, sizes.in_features, generator=draws) * 2 - 1) * bound
-        self.lora_a = nn.Parameter(start.to(device, dtype))
-        self.lora_b = nn.Parameter(torch.zeros(sizes.out_features, rank, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        inputs = nn.functional.dropout(x, self.dropout, self.training)
-        narrow = nn.functional.linear(inputs, self.lora_a)  # [..., R]
-        rows, scale = y.shape[:-1].numel(), self.alpha / self.rank
-        base = y.reshape(rows, y.shape[-1])
-        return torch.addmm(base, narrow.reshape(rows, self.rank), self.lora_b.t(), alpha=scale).view_as(y)
-
-    def change(self) -> Tensor:
-        """alpha / R B A, [O, I], in float32 or wider."""
-        wide = torch.promote_types(self.lora_a.dtype, torch.float32)
-        return (self.alpha / self.rank) * (self.lora_b.detach().to(wide) @ self.lora_a.detach().to(wide))
-
-    def merged(self) -> nn.Module:
-        """A plain layer whose weight is the base's and the change.
-
-        Raises:
-            CombinationError: If the base keeps some of its weights at zero.
-        """
-        if getattr(self.base, "keep", None) is not None:
-            raise CombinationError(
-                f"an adapter cannot be merged into a {type(self.base).__name__}, whose zeros it would fill. Keep it "
-                "unmerged, or adapt first and prune the merged model."
-            )
-        if isinstance(self.base, nn.Linear):
-            layer, weight = self.base, self.base.weight
-            weight.data = (weight + self.change()).to(weight.dtype)
-            return layer.requires_grad_(True)
-        return cast("FrozenBase", self.base).as_linear(self.change())
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+from transformer_problems.core.transforms import TransformKind, matches, replace_linears, replace_modules, treated_copy
+from transformer_problems.solutions.adaptation.lora_linear import LoRALinear, check_gradients, is_packed, place_of
 
 
 class LoRA:
-    """Freezes a model and puts adapters beside its linear layers.
+    """Freezes a model and puts adapters beside its linear layers, of floats or rounded to four bits before.
 
     Only the adapters learn, and what `train` names. `merge` adds them into the weights, `undo` takes them out again.
+    `save_adapter` writes all that a task has to store.
 
     Args:
         rank: R, the width of an adapter.
@@ -106,12 +29,13 @@ class LoRA:
         dropout: Of the adapters' inputs.
         targets: Patterns, as in fnmatch, of the paths of the layers that get one.
         skip: Patterns of layers that get none all the same.
-        train: Patterns of the parameters that learn beside the adapters, such as a new head: ("head.*",).
+        train: Patterns of the parameters that learn beside the adapters, such as a new head: ("head.*",). A layer whose
+            weight is among them gets no adapter.
         seed: Of the adapters' start.
 
     Raises:
         ArgumentError: If a size does not fit, patterns name nothing, weights are shared or not finite.
-        CombinationError: If the model has adapters already.
+        CombinationError: If the model has adapters already, or a layer that passes no gradients on.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1. Differs from the paper: A starts uniform, not normal, as the
@@ -141,8 +65,16 @@ class LoRA:
     ) -> None:
         require_positive_int(rank=rank)
         require_positive(alpha=alpha)
-        if not 0 <= dropout < 1:
-            raise ArgumentError(f"dropout must be at least 0 and below 1; got {dropout}.")
+        require_share(dropout=dropout)
+        if dropout == 1:
+            raise ArgumentError("dropout must be below 1, which leaves adapters no input; got 1. Choose 0.1.")
+        if math.isinf(alpha):
+            raise ArgumentError("alpha must be finite; got inf.")
+        for name, patterns in {"targets": targets, "skip": skip, "train": train}.items():
+            if isinstance(patterns, str):
+                raise ArgumentError(
+                    f"{name} must be a sequence of patterns; got the single text {patterns!r}. Write ({patterns!r},)."
+                )
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.skip, self.train, self.seed = tuple(targets), tuple(skip), tuple(train), seed
 
@@ -158,7 +90,7 @@ class LoRA:
         Raises:
             ArgumentError: If there are no adapters.
         """
-        return replace_adapters(model, lambda adapter: adapter.base)
+        return _without_adapters(model, lambda adapter: adapter.base)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """A copy whose weights hold the adapters' change; outputs are equal up to the weights' rounding.
@@ -166,35 +98,64 @@ class LoRA:
         Raises:
             ArgumentError: If there are no adapters.
         """
-        return replace_adapters(model, LoRALinear.merged)
+        return _without_adapters(model, LoRALinear.merged)
 
-    def base_of(self, path: str, layer: nn.Linear) -> nn.Module:
+    def base_of(self, path: str, layer: nn.Module) -> nn.Module:
         """What an adapter stands beside."""
+        if is_packed(layer):
+            check_gradients(path, layer)
         return layer
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, alpha={self.alpha:g}, targets={self.targets})"
 
     def _adapted(self, model: nn.Module) -> nn.Module:
-        learning = _named(model, self.train)
-        outside = [path for path, _ in _linears_of(model) if not _matches(path, self.targets)]
-        draws = generator(self.seed, "lora")
-        if len(outside) == len(_linears_of(model)):
-            raise UnknownNameError("target", ", ".join(self.targets), [path for path, _ in _linears_of(model)])
+        learning = {name: p for name, p in model.named_parameters() if matches(name, self.train)}
+        chosen, draws = self._chosen(model), generator(self.seed, "lora")
         model.requires_grad_(False)
-        replace_linears(model, lambda path, layer: self._adapter(path, layer, draws), skip=(*outside, *self.skip))
-        for name in learning:
-            model.get_parameter(name).requires_grad_(True)
+
+        def make(path: str, layer: nn.Module) -> nn.Module:
+            return LoRALinear(self.base_of(path, layer), self.rank, self.alpha, dropout=self.dropout, draws=draws)
+
+        floats = {path for path, layer in chosen.items() if isinstance(layer, nn.Linear)}
+        if floats:
+            others = [path for path, layer in _layers_of(model).items() if isinstance(layer, nn.Linear)]
+            replace_linears(model, make, skip=[path for path in others if path not in floats])
+        replace_modules(model, lambda path, part: is_packed(part) and path in chosen, make)
+        _let_learn(model, learning)
         return model
 
-    def _adapter(self, path: str, layer: nn.Linear, draws: torch.Generator) -> LoRALinear:
-        smallest = min(layer.in_features, layer.out_features)
+    def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers that get an adapter, by path; those whose weight learns as a whole need none."""
+        layers, parameters = _layers_of(model), [name for name, _ in model.named_parameters()]
+        if not layers or "" in layers:
+            raise ArgumentError(
+                f"model must hold linear layers; this {type(model).__name__} holds none. Put a layer that stands alone "
+                "into a torch.nn.Sequential."
+            )
+        _check_patterns("target", self.targets, layers)
+        _check_patterns("layer to skip", self.skip, layers)
+        _check_patterns("parameter", self.train, parameters)
+        chosen = {
+            path: layer
+            for path, layer in layers.items()
+            if matches(path, self.targets) and not matches(path, self.skip)
+            if not matches(f"{path}.weight", self.train)
+        }
+        if not chosen:
+            raise ArgumentError(f"targets must name a layer that skip and train leave; {self.targets} name none.")
+        for path, layer in chosen.items():
+            self._check_rank(path, layer)
+        return chosen
+
+    def _check_rank(self, path: str, layer: nn.Module) -> None:
+        (num_outputs, num_inputs), _, _ = place_of(layer)
+        smallest = min(num_inputs, num_outputs)
         if self.rank > smallest:
             raise ArgumentError(
-                f"rank must be at most the smaller width of every layer; got {self.rank} for {path} of "
-                f"{layer.in_features} x {layer.out_features}. Choose {smallest} or less, or skip the layer."
+                f"rank must be at most the smaller width of every layer; got {self.rank} for {path} of {num_inputs} "
+                f"x {num_outputs}. Choose {smallest} or less, or skip the layer."
             )
-        return LoRALinear(self.base_of(path, layer), self.rank, self.alpha, dropout=self.dropout, draws=draws)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -202,12 +163,27 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `adapter_state` gave into a model adapted in the same way, in place.
+def save_adapter(model: nn.Module, path: Path | str) -> int:
+    """Write what `adapter_state` gives into a safetensors file, and return its bytes.
 
     Raises:
-        ArgumentError: If the names or shapes are not those of what learns in the model; it is left as it was.
+        OutputError: If the file cannot be written.
     """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in adapter_state(model).items()}, str(path))
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"path must be writable; got {path}: {error}. Choose another.") from error
+    return Path(path).stat().st_size
+
+
+def load_adapter(model: nn.Module, source: Mapping[str, Tensor] | Path | str) -> None:
+    """Put what `adapter_state` gave or `save_adapter` wrote into a model adapted in the same way, in place.
+
+    Raises:
+        ArgumentError: If the file is missing or truncated, names or shapes are not those of what learns in the model,
+            or values are not finite; the model is left as it was.
+    """
+    tensors = _read(source) if isinstance(source, Path | str) else source
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     strange = sorted(own.keys() ^ tensors.keys())
     if strange:
@@ -218,46 +194,50 @@ def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"tensors must have the model's shapes; {name} is {tuple(tensors[name].shape)} in place of "
                 f"{tuple(p.shape)}. Adapt the model with the same rank and targets."
             )
+        if not torch.isfinite(tensors[name]).all():
+            raise ArgumentError(f"tensors must be finite; {name} holds NaN or infinity. Train the adapter again.")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])
 
 
-def replace_adapters(model: nn.Module, make: Callable[[LoRALinear], nn.Module]) -> nn.Module:
-    """A copy with `make(adapter)` in the place of each adapter, shared ones once; everything in it learns."""
+def _read(path: Path | str) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise ArgumentError(f"source must be a whole safetensors file; got {path}: {error}. Save it again.") from error
+
+
+def _without_adapters(model: nn.Module, make: Callable[[LoRALinear], nn.Module]) -> nn.Module:
+    """A copy with `make(adapter)` in the place of each adapter; everything in it learns."""
     copied = copy.deepcopy(model)
-    made: dict[int, nn.Module] = {}
-    for parent in list(copied.modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves out a child's second name
-            if isinstance(child, LoRALinear):
-                if id(child) not in made:
-                    made[id(child)] = make(child)
-                setattr(parent, name, made[id(child)])
-    if not made:
+
+    def remade(_: str, part: nn.Module) -> nn.Module:
+        assert isinstance(part, LoRALinear)
+        return make(part)
+
+    if not replace_modules(copied, lambda _, part: isinstance(part, LoRALinear), remade):
         raise ArgumentError(f"model must hold adapters; this {type(model).__name__} has none.")
     return copied.requires_grad_(True)
 
 
-def _place_of(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of a base, and the dtype that it computes in."""
-    if isinstance(base, nn.Linear):
-        return base.weight.device, base.weight.dtype
-    buffer = next(base.buffers())
-    return buffer.device, cast("torch.dtype", cast("Any", base).dtype)
+def _let_learn(model: nn.Module, learning: Mapping[str, nn.Parameter]) -> None:
+    """Let these parameters of the model learn, which may have moved."""
+    left = {id(p) for p in model.parameters()}
+    for name, p in learning.items():
+        if id(p) not in left:
+            raise ArgumentError(f"train must name parameters that stay floats; {name} is rounded. Skip its layer.")
+        p.requires_grad_(True)
 
 
-def _linears_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, part) for path, part in model.named_modules(remove_duplicate=False) if isinstance(part, nn.Linear)]
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of floats and of codes, by each of their paths."""
+    parts = model.named_modules(remove_duplicate=False)
+    return {path: part for path, part in parts if isinstance(part, nn.Linear) or is_packed(part)}
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the parameters that the patterns name, each at least one."""
-    names = [name for name, _ in model.named_parameters()]
+def _check_patterns(kind: str, patterns: Sequence[str], known: Collection[str]) -> None:
+    """Refuse a pattern that names nothing."""
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UnknownNameError("parameter", pattern, names)
-    return [name for name in names if _matches(name, patterns)]
+        if not any(matches(path, (pattern,)) for path in known):
+            raise UnknownNameError(kind, pattern, known)

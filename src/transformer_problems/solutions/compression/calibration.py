@@ -1,13 +1,13 @@
 """What reaches each linear layer while a model answers sample inputs."""
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.transforms import matches
 
 Inputs = Tensor | tuple[Tensor, ...]
 """One call's positional arguments."""
@@ -36,7 +36,7 @@ def input_statistic(
     asked = {
         path: part
         for path, part in model.named_modules(remove_duplicate=False)
-        if isinstance(part, nn.Linear) and not any(fnmatchcase(path, pattern) for pattern in skip)
+        if isinstance(part, nn.Linear) and not matches(path, skip)
     }
     found: dict[int, Tensor] = {}
 

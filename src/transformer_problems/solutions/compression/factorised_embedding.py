@@ -1,14 +1,13 @@
 """A factorised embedding: a narrow table and one matrix that widens its rows."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.transforms import TransformKind, check_skip, treated_copy
+from transformer_problems.core.transforms import TransformKind, check_skip, matches, treated_copy
 
 
 class FactorisedEmbedding(nn.Module):
@@ -83,7 +82,7 @@ class FactoriseEmbedding:
         check_skip(factorised, self.skip, nn.Embedding)
         found = 0
         for path, table in _tables(factorised):
-            if any(fnmatchcase(path, pattern) for pattern in self.skip):
+            if matches(path, self.skip):
                 continue
             self._check(path, table, factorised)
             parent, _, name = path.rpartition(".")

@@ -1,13 +1,12 @@
 """GPTQ: weights are rounded one after the other, and the ones still to come make up for the error."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive, require_positive_int
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.transforms import TransformKind, matches, replace_linears, treated_copy
 from transformer_problems.solutions.compression.calibration import Inputs, input_statistic
 from transformer_problems.solutions.compression.int4 import Int4Linear, check_groups
 
@@ -54,7 +53,7 @@ class GPTQ:
     def __call__(self, model: nn.Module) -> nn.Module:
         rounded = treated_copy(model, self)
         for path, part in rounded.named_modules():  # before the work begins
-            if isinstance(part, nn.Linear) and not any(fnmatchcase(path, pattern) for pattern in self.skip):
+            if isinstance(part, nn.Linear) and not matches(path, self.skip):
                 check_groups(path, part.in_features, self.group_size)
         moments = input_statistic(rounded, self.calibration, _add_moments, skip=self.skip)
 
