@@ -127,7 +127,9 @@ def test_an_attention_that_reads_its_output_layers_weight_keeps_it() -> None:
     assert replace_linears(copy, Halve._make) == ["linear1", "linear2"]
 
 
-@pytest.mark.parametrize(("skip", "words"), [(("hed",), "'hed' names none of 0, 2.0"), ("0", r"Write \('0',\)")])
+@pytest.mark.parametrize(
+    ("skip", "words"), [(("hed",), "unknown layer to skip 'hed'. Known: 0, 2.0"), ("0", r"Write \('0',\)")]
+)
 def test_patterns_that_name_nothing_are_refused(skip: tuple[str, ...], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         replace_linears(network(), Halve._make, skip=skip)

@@ -1,14 +1,14 @@
 """The ModelTransform slot: treatments of a whole model, their chains, and what all of them check and share."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 
 TransformKind = Literal["share", "prune", "scale", "fuse", "adapt", "quantize"]
 
@@ -160,19 +160,38 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
+def as_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns as they were given to an argument of that name.
+
+    Raises:
+        ArgumentError: If they are a single text, which would be taken letter by letter.
+    """
+    if isinstance(patterns, str):
+        raise ArgumentError(
+            f"{argument} must be a sequence of patterns; got the single text {patterns!r}. Write ({patterns!r},)."
+        )
+    return tuple(patterns)
+
+
+def check_patterns(kind: str, patterns: Sequence[str], known: Collection[str]) -> None:
+    """Refuse a pattern that names none of the known paths, which are of that kind.
+
+    Raises:
+        UnknownNameError: If there is such a pattern.
+    """
+    for pattern in patterns:
+        if not any(matches(path, (pattern,)) for path in known):
+            raise UnknownNameError(kind, pattern, known)
+
+
 def check_skip(model: nn.Module, skip: Sequence[str], kind: type[nn.Module]) -> None:
     """Refuse patterns that no module of that kind answers to.
 
     Raises:
         ArgumentError: If there is such a pattern.
     """
-    if isinstance(skip, str):
-        raise ArgumentError(f"skip must be a sequence of patterns; got the single text {skip!r}. Write ({skip!r},).")
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)]
-    for pattern in skip:
-        if not any(matches(path, (pattern,)) for path in paths):
-            known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
-            raise ArgumentError(f"skip must name layers of the model; {pattern!r} names none of {known}.")
+    known = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)]
+    check_patterns("layer to skip", as_patterns("skip", skip), known)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
         if places is None:
             places = token_positions(tokens.shape[1], tokens.device)
         if self.class_tokens is not None:
-            tokens = torch.cat([self.class_tokens.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.class_tokens.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             first = token_positions(self.num_class_tokens, tokens.device)
             places = torch.cat([first.expand(*places.shape[:-1], -1), places + self.num_class_tokens], dim=-1)
         y: Tensor = self.norm(self.blocks(tokens, key_mask=None, positions=places, skips=self.skips))

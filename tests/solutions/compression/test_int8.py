@@ -155,7 +155,7 @@ def holding_nan() -> nn.Module:
         (QuantizeInt8(calibration=[]), Idle, "calibration must be a sequence of one or more"),
         (QuantizeInt8(calibration=[torch.ones(1, 4)]), Idle, r"idle met no input. Pass skip=\('idle',\)"),
         (QuantizeInt8(calibration=[torch.full((1, 4), torch.nan)], skip=["idle"]), Idle, "what reaches used is not"),
-        (QuantizeInt8(skip=["head"]), Idle, "'head' names none of used, idle"),
+        (QuantizeInt8(skip=["head"]), Idle, "unknown layer to skip 'head'. Nearest: used."),
         (QuantizeInt8(), tied, "0 and 1 share theirs"),
         (QuantizeInt8(), holding_nan, "0.weight holds NaN"),
         (QuantizeInt8(), lambda: nn.LayerNorm(4), "model must hold a torch.nn.Linear"),

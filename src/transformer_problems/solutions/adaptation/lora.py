@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive, require_positive_int, require_share
-from transformer_problems.core.errors import ArgumentError, OutputError, UnknownNameError
+from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.seeding import generator
-from transformer_problems.core.transforms import TransformKind, matches, replace_linears, replace_modules, treated_copy
+from transformer_problems.core.transforms import (
+    TransformKind,
+    as_patterns,
+    check_patterns,
+    matches,
+    replace_linears,
+    replace_modules,
+    treated_copy,
+)
 from transformer_problems.solutions.adaptation.lora_linear import LoRALinear, check_gradients, is_packed, place_of
 
 
@@ -70,13 +78,9 @@ class LoRA:
             raise ArgumentError("dropout must be below 1, which leaves adapters no input; got 1. Choose 0.1.")
         if math.isinf(alpha):
             raise ArgumentError("alpha must be finite; got inf.")
-        for name, patterns in {"targets": targets, "skip": skip, "train": train}.items():
-            if isinstance(patterns, str):
-                raise ArgumentError(
-                    f"{name} must be a sequence of patterns; got the single text {patterns!r}. Write ({patterns!r},)."
-                )
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets, self.skip, self.train, self.seed = tuple(targets), tuple(skip), tuple(train), seed
+        self.rank, self.alpha, self.dropout, self.seed = rank, alpha, dropout, seed
+        self.targets, self.skip = as_patterns("targets", targets), as_patterns("skip", skip)
+        self.train = as_patterns("train", train)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         return self._adapted(treated_copy(model, self))
@@ -133,9 +137,9 @@ class LoRA:
                 f"model must hold linear layers; this {type(model).__name__} holds none. Put a layer that stands alone "
                 "into a torch.nn.Sequential."
             )
-        _check_patterns("target", self.targets, layers)
-        _check_patterns("layer to skip", self.skip, layers)
-        _check_patterns("parameter", self.train, parameters)
+        check_patterns("target", self.targets, layers)
+        check_patterns("layer to skip", self.skip, layers)
+        check_patterns("parameter", self.train, parameters)
         chosen = {
             path: layer
             for path, layer in layers.items()
@@ -234,10 +238,3 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers of floats and of codes, by each of their paths."""
     parts = model.named_modules(remove_duplicate=False)
     return {path: part for path, part in parts if isinstance(part, nn.Linear) or is_packed(part)}
-
-
-def _check_patterns(kind: str, patterns: Sequence[str], known: Collection[str]) -> None:
-    """Refuse a pattern that names nothing."""
-    for pattern in patterns:
-        if not any(matches(path, (pattern,)) for path in known):
-            raise UnknownNameError(kind, pattern, known)

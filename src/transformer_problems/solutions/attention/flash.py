@@ -1,5 +1,6 @@
 """FlashAttention: exact softmax attention without the N x M matrix in memory."""
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -88,7 +89,7 @@ def _needs_gradient(bias: PositionBias) -> bool:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool) -> Tensor:
     """PyTorch's kernel, which wants four dimensions, one mask without empty rows, and N = M where it is causal."""
     lead, num_queries, num_keys = q.shape[:-3], q.shape[-2], k.shape[-2]
-    native_causal = is_causal and bias is None and mask is None and num_queries == num_keys
+    native_causal = is_causal and bias is None and mask is None and bool(num_queries == num_keys)  # bool: for exports
     if is_causal and not native_causal and num_queries > 1:  # one query is the last token and sees every key
         causal = causal_mask(num_queries, num_keys, q.device)
         mask = causal if mask is None else mask & causal
@@ -97,7 +98,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tens
         empty = ~mask.any(dim=-1, keepdim=True)
         mask = mask | empty
     attn_mask = mask if bias is None else masked(bias.dense().to(q.dtype), mask)
-    q, k, v = (x.reshape(x.shape[:-3].numel(), *x.shape[-3:]) for x in (q, k, v))  # -1 fails without queries
+    q, k, v = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (q, k, v))  # -1 fails without queries
     attn_mask = None if attn_mask is None else _flattened(attn_mask, lead)
     dtype = v.dtype
     if _better_widened(q, k):
@@ -119,7 +120,7 @@ def _flattened(mask: Tensor, lead: torch.Size) -> Tensor:
     """A mask or bias broadcastable to [*lead, H, N, M] with `lead` as one dimension."""
     rank = len(lead) + 3
     mask = mask[(None,) * (rank - mask.dim())]
-    return mask.expand(*lead, *mask.shape[-3:]).reshape(lead.numel(), *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
 
 
 class _Tiled(torch.autograd.Function):

@@ -81,6 +81,7 @@ class SelfAttention(nn.Module):
         self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.k_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.qkv_proj: nn.Module | None = None  # where it is set, it answers for all three, in this order
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -140,8 +141,13 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] -> q [B, H, N, D]; k, v [B, G, N, D]."""
+        if self.qkv_proj is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            kv_dim = self.num_kv_heads * self.head_dim
+            q, k, v = self.qkv_proj(x).split([self.num_heads * self.head_dim, kv_dim, kv_dim], dim=-1)
         return (
-            split_heads(self.q_proj(x), self.num_heads),
-            split_heads(self.k_proj(x), self.num_kv_heads),
-            split_heads(self.v_proj(x), self.num_kv_heads),
+            split_heads(q, self.num_heads),
+            split_heads(k, self.num_kv_heads),
+            split_heads(v, self.num_kv_heads),
         )

@@ -1,0 +1,1 @@
+"""Trained models as files and services: exported, quantised and run on machines without PyTorch."""
