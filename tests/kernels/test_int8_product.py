@@ -1,15 +1,26 @@
 """Every back end gives the exact integer product of what was rounded; races are run once and remembered."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError, MissingDependencyError, UnknownNameError
 from transformer_problems.kernels import int8_product as kernel
+from transformer_problems.kernels.compiler import load
 from transformer_problems.kernels.int8_product import fastest, int8_backends, int8_product, raced
 from transformer_problems.lab.meters.flops import count_flops
 
 BACKENDS = ("cpp", "int_mm", "float")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -36,7 +47,8 @@ def expected(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, x_s
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("x_scale", [None, 0.01])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 1, 1), (1, 63, 7), (3, 64, 100), (17, 100, 33), (40, 257, 64)]
+    ("rows", "inputs", "outputs"),
+    [(1, 1, 1), (1, 63, 7), (3, 64, 100), (7, 130, 37), (8, 3, 31), (17, 100, 33), (40, 257, 64)],
 )
 def test_the_product_is_exact_but_for_its_last_roundings(
     rows: int, inputs: int, outputs: int, x_scale: float | None, backend: str
@@ -63,6 +75,40 @@ def test_rows_of_zeros_and_no_rows(backend: str) -> None:
     y = int8_product(torch.zeros(2, 8), weight, sums, scales, bias, backend=backend)
     assert torch.equal(y, bias.expand(2, 4))
     assert int8_product(torch.zeros(0, 8), weight, sums, scales, bias, backend=backend).shape == (0, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("x_scale", [None, 0.01])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_its_row_and_no_other(value: float, x_scale: float | None, backend: str) -> None:
+    x, weight, sums, scales, bias = draw(9, 100, 33)
+    clean = int8_product(x, weight, sums, scales, bias, x_scale=x_scale, backend=backend)
+    x[4, 50] = value
+    y = int8_product(x, weight, sums, scales, bias, x_scale=x_scale, backend=backend)
+    others = torch.arange(9) != 4
+    assert torch.equal(y[others], clean[others])
+    if x_scale is None or value != value:
+        assert not y[4].isfinite().any()
+    else:  # one given scale cuts off what is larger, infinity too
+        assert y[4].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_processor_without_vnni_gets_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, sums, scales, bias = draw(rows, 100, 33)
+    y = int8_product(x, weight, sums, scales, bias, backend="cpp")
+    portable = load(kernel._SOURCE, extra_flags=("-fopenmp", "-DPORTABLE")).int8_product
+    portable.argtypes, portable.restype = kernel._kernel("int8_product").argtypes, None
+    monkeypatch.setattr(kernel, "_kernel", lambda name: portable)
+    assert torch.equal(int8_product(x, weight, sums, scales, bias, backend="cpp"), y)
+
+
+def test_threads_share_the_outputs_and_give_the_same(threads: None) -> None:
+    x, weight, sums, scales, bias = draw(40, 600, 70)
+    torch.set_num_threads(1)
+    y = int8_product(x, weight, sums, scales, bias, backend="cpp")
+    torch.set_num_threads(3)
+    assert torch.equal(int8_product(x, weight, sums, scales, bias, backend="cpp"), y)
 
 
 def test_a_race_is_run_once_for_each_size_and_its_fastest_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +150,10 @@ def test_a_machine_without_a_compiler_races_the_rest(monkeypatch: pytest.MonkeyP
         x, weight, sums, scales, bias = draw(3, 64, 16)
         y = int8_product(x, weight, sums, scales, bias, backend="int_mm")
         torch.testing.assert_close(y.double(), expected(x, weight, scales, bias, None), rtol=1e-6, atol=1e-5)
+        x[1, 5] = torch.nan
+        for x_scale in (None, 0.01):
+            y = int8_product(x, weight, sums, scales, bias, x_scale=x_scale, backend="int_mm")
+            assert y.isnan().all(dim=1).tolist() == [False, True, False]
         with pytest.raises(UnknownNameError, match="unknown int8 back end on this machine 'cpp'"):
             int8_product(x, weight, sums, scales, bias, backend="cpp")
     finally:

@@ -1,6 +1,6 @@
 """Operators on the single row of a decoding step in bfloat16 on a CPU, in C++: a matrix product and a norm.
 
-PyTorch's own read a matrix at two thirds of the memory's speed or less, and take a norm apart into nine operations.
+PyTorch's own read a matrix at two thirds of the memory's speed or less, and take a norm apart into many operations.
 """
 
 import ctypes
@@ -110,4 +110,5 @@ _ROW_RMS_NORM = torch.ops.transformer_problems.row_rms_norm.default
 
 @register_flop_formula(torch.ops.transformer_problems.row_product)
 def _row_product_flops(weight: Any, x: Any, *args: object, out_shape: object = None, **kwargs: object) -> int:
-    return 2 * weight[0] * weight[1]  # type: ignore[no-any-return]
+    flops: int = 2 * weight[0] * weight[1]
+    return flops

@@ -73,6 +73,12 @@ def naive_gptq(layer: nn.Linear, moments: Tensor, group_size: int, damping: floa
     return codes
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rounded_layer_may_change_its_dtype(bias: bool) -> None:
+    layer = Int4Linear.from_linear(nn.Linear(64, 8, bias=bias)).to(torch.bfloat16)
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == layer.dtype == torch.bfloat16
+
+
 def test_gptq_is_optimal_brain_quantization_in_order() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 10), torch.randn(200, 24) @ torch.randn(24, 24)

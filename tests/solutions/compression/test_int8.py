@@ -96,6 +96,25 @@ def test_a_rounded_model_may_change_its_dtype(dtype: torch.dtype, backend: Int8B
     assert ((after - before).abs() <= 2 * eps * (before.abs() + layer.bias.abs() + 1)).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("largest_input", [None, 2.0])
+def test_what_is_not_a_number_in_a_row_spoils_it_and_no_other(value: float, largest_input: float | None) -> None:
+    layer = Int8Linear.from_linear(nn.Linear(8, 4), largest_input=largest_input)
+    x = torch.ones(2, 8)
+    x[0, 3] = value
+    y = layer(x)
+    assert y[1].isfinite().all()
+    if largest_input is None or value != value:  # a given scale cuts what is too large
+        assert not y[0].isfinite().any()
+
+
+def test_a_compiled_model_keeps_the_product_whole() -> None:
+    model = QuantizeInt8()(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2)))
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
 def test_a_model_of_transformers_is_rounded_too() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -128,5 +128,8 @@ def test_models_that_cannot_be_pruned_are_refused() -> None:
     model = Decoder(17, 16, 1, lambda: SelfAttention(16, 4, position=ALiBi(4)))
     with pytest.raises(CombinationError, match="ALiBi of body.blocks.0.mixer is built for 4 heads"):
         StructuredPruning()(model)
+    pruned = StructuredPruning(heads=0)(model)
+    assert pruned.body.blocks[0].mixer.num_heads == 4
+    assert pruned.body.blocks[0].feed_forward.up.out_features == 32
     with pytest.raises(ArgumentError, match="this Linear has neither"):
         StructuredPruning()(nn.Linear(2, 2))

@@ -1,6 +1,7 @@
 """int4: weights of four bits, with a scale and a zero for each group of neighbours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,11 @@ class Int4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype  # there may be no bias
+        return moved
 
     def _spread(self, by_group: Tensor) -> Tensor:
         """[O, groups] -> [O, inputs] float32."""

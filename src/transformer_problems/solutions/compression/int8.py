@@ -1,7 +1,7 @@
 """int8: weights of eight bits, and activations rounded to as many on their way in."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
         self.bias: Tensor | None
         self.x_scale: Tensor | None
         self.input_scale: Tensor | None
-        self._sums: Tensor | None = None
+        self._operands: tuple[Any, ...] | None = None
         self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.ones(out_features, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
@@ -113,27 +113,39 @@ class Int8Linear(nn.Module):
                 "x must not ask for a gradient, which rounding has none of. Call under torch.no_grad(), or train the "
                 "float model and quantize it then."
             )
-        if self._sums is None or self._sums.device != self.codes.device:
-            self._sums = self.codes.sum(dim=1, dtype=torch.int32)
-        rows = x.reshape(-1, self.in_features).float()
-        y = int8_product(
-            rows if self.input_scale is None else rows / self.input_scale,
+        codes, sums, scales, bias, x_scale, input_scale = self._operands or self._collected()
+        rows = (x if x.dim() == 2 else x.reshape(-1, self.in_features)).float()
+        if input_scale is not None:
+            rows = rows / input_scale
+        y = int8_product(rows, codes, sums, scales, bias, x_scale=x_scale, backend=self.backend)
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], self.out_features)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _collected(self) -> tuple[Any, ...]:
+        """What the product reads, in float32 whatever dtype the model was changed to; kept, for it takes a while."""
+        self._operands = (
             self.codes,
-            self._sums,
-            self.scales.float(),  # a model may have been changed to another dtype, which kernels do not read
+            self.codes.sum(dim=1, dtype=torch.int32),
+            self.scales.float(),
             None if self.bias is None else self.bias.float(),
-            x_scale=None if self.x_scale is None else float(self.x_scale),
-            backend=self.backend,
+            None if self.x_scale is None else float(self.x_scale),
+            self.input_scale,
         )
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self._operands
 
     def extra_repr(self) -> str:
         static = ", is_static=True" if self.x_scale is not None else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{static}"
 
     def _load_from_state_dict(self, *arguments: object, **keywords: object) -> None:
-        self._sums = None  # they belong to the codes that were there
+        self._operands = None  # they belong to the codes that were there
         super()._load_from_state_dict(*arguments, **keywords)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._operands = None  # buffers move to another device or dtype
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
 
 class QuantizeInt8:

@@ -58,9 +58,10 @@ class StructuredPruning:
         found = 0
         for path, part in list(pruned.named_modules()):
             if _is_attention(part):
-                _check_free(path, part)
                 keep = _heaviest(_group_weights(part), self.heads)
-                _keep_heads(part, keep)
+                if len(keep) < part.num_kv_heads:
+                    _check_free(path, part)
+                    _keep_heads(part, keep)
             elif (pair := _feed_forward(part)) is not None:
                 _keep_neurons(*pair, _heaviest(_neuron_weights(*pair), self.neurons))
             else:
@@ -92,7 +93,7 @@ def _check_free(path: str, attention: Any) -> None:
         if part is not None and getattr(part, "num_heads", None) is not None:
             raise CombinationError(
                 f"{type(part).__name__} of {path} is built for {part.num_heads} heads, of which none can leave. Pass "
-                "heads=0 with a model whose attention lets heads go, or leave this one unpruned."
+                "heads=0."
             )
 
 
