@@ -25,7 +25,9 @@ EXPERIMENT = p16.EXPERIMENT
 ARMS = [arm.slug for arm in EXPERIMENT.arms]
 CLIPS = ("clip_pixels", "tubelets", "tubelets_factorised", "swin_clips")
 STEPS = 2
-TINY = p16._Size((8, 16), (2, 4), 8, STEPS, batch_size=4, num_clips=8, seeds=1)  # no width below 8 has whole heads
+TINY = p16._Size(
+    (8, 16), (2, 4), 8, STEPS, STEPS, batch_size=4, num_clips=8, seeds=1
+)  # no width below 8 has whole heads
 IMAGE, CLIP = (8, 8), (2, 12, 12)  # smaller than those trained on at every scale
 SCALES: list[Scale] = ["quick", "standard", "full"]
 STANDARD = p16._SIZES["standard"]
@@ -367,5 +369,5 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     found = measured["pixels"]
     finding = EXPERIMENT.finding(Results([(Cell(16, "pixels", "quick", 0), m) for m in found]))
     (few,), (many,) = (_values(found, "flops", x) for x in (64, 256))
-    assert f"4 times the pixels take {many / few:.0f} times the arithmetic, and an image" in finding
+    assert f"4 times the pixels take {many / few:.0f} times the arithmetic; trained" in finding
     assert f"16 x 16 is told rightly in {sum(_values(found, 'accuracy')) / 300:.0%} of cases." in finding

@@ -84,6 +84,17 @@ class Results:
         """Values [seeds, repeats], or None where nothing was measured."""
         return self._stack(self._values.get((arm, metric, x)), None, None)
 
+    def mean(self, arm: str, metric: str, x: float | None = None) -> float:
+        """Over all seeds and repeats.
+
+        Raises:
+            KeyError: If it was not measured.
+        """
+        samples = self.samples(arm, metric, x)
+        if samples is None:
+            raise KeyError(f"{arm} has no {metric} at {x}")
+        return float(samples.mean())
+
     def largest(self, arm: str, metric: str) -> float | None:
         """The largest value at any x, infinite where it diverged, or None where nothing was measured."""
         if any(key[:2] == (arm, metric) for key in self._diverged):

@@ -10,6 +10,10 @@ from transformer_problems.core.seeding import generator
 
 NUM_CLASSES = 5  # of each of the two tasks
 SIZE = 8  # pixels a side
+DIGITS_SOURCE = (
+    "scikit-learn's digits of 8 x 8 pixels (the test set of Alpaydin and Kaynak's Optical Recognition of Handwritten "
+    "Digits, UCI)"
+)
 _NUM_TEST = 300  # images, the same in every run
 
 

@@ -22,10 +22,7 @@ def attention_distances(model: VisionTransformer, images: Tensor) -> list[float]
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 4.5 and figure 11.
         Differs from the paper: means are over all heads and in shares, where it shows each head's in pixels.
     """
-    rows, columns = model.patches.grid(*images.shape[-2:])
-    y, x = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
-    places = torch.stack([y.flatten(), x.flatten()], dim=1).to(images.device)
-    apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # products would round zeros
+    apart = _distances(model, images)
     found: list[float] = []
 
     def look(op: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
@@ -40,3 +37,16 @@ def attention_distances(model: VisionTransformer, images: Tensor) -> list[float]
                 hooks.enter_context(op.register_forward_pre_hook(look, with_kwargs=True))
         model(images)
     return found
+
+
+def blind_distance(model: VisionTransformer, images: Tensor) -> float:
+    """What `attention_distances` gives for attention that looks at every patch alike."""
+    return float(_distances(model, images).mean())
+
+
+def _distances(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Between the places of all patches, [N, N], in shares of the image's side."""
+    rows, columns = model.patches.grid(*images.shape[-2:])
+    y, x = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], dim=1).to(images.device)
+    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # products would round zeros
