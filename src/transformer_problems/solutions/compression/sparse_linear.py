@@ -35,13 +35,18 @@ class SparseLinear(nn.Linear):
     @classmethod
     def from_linear(cls, layer: nn.Linear, keep: Tensor) -> "SparseLinear":
         """The layer with the weights that are not kept at zero; shares nothing with it."""
-        weight, has_bias = layer.weight, layer.bias is not None
-        made = cls(layer.in_features, layer.out_features, has_bias, device=weight.device, dtype=weight.dtype)
+        return cls.from_weights(layer.weight, layer.bias, keep)
+
+    @classmethod
+    def from_weights(cls, weight: Tensor, bias: Tensor | None, keep: Tensor) -> "SparseLinear":
+        """The layer of such weights, with those that are not kept at zero; shares nothing with them."""
+        outputs, inputs = weight.shape
+        made = cls(inputs, outputs, bias is not None, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             made.keep.copy_(keep)
             made.weight.copy_(weight * keep)
-            if has_bias:
-                made.bias.copy_(layer.bias)
+            if bias is not None:
+                made.bias.copy_(bias)
         return made
 
     def forward(self, x: Tensor) -> Tensor:
