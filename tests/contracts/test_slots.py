@@ -55,6 +55,9 @@ from transformer_problems import (
 )
 from transformer_problems.catalogue import load_catalogue
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.solutions.tokens.bottleneck import BottleneckBlock
+from transformer_problems.solutions.tokens.lightweight_convolution import LightweightConvolution
+from transformer_problems.solutions.tokens.long_short import LongShortAttention
 from transformer_problems.testing import check_attention_op, check_mixer, check_position
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
@@ -118,6 +121,9 @@ MIXERS = {  # segments, chunks and windows so short that gradients pass what is 
     "gated": lambda: GatedAttention(SelfAttention(WIDTH, HEADS, position=RotaryEmbedding(HEAD_DIM))),
     "gated_by_head": lambda: GatedAttention(SelfAttention(WIDTH, HEADS), granularity="head"),
     "differential": lambda: DifferentialAttention(WIDTH, HEADS),
+    "lightweight_convolution": lambda: LightweightConvolution(WIDTH, 5, is_causal=True),
+    "long_short": lambda: LongShortAttention(WIDTH, SelfAttention(WIDTH // 2, HEADS), kernel_size=5),
+    "bottleneck": lambda: BottleneckBlock(WIDTH, WIDTH // 2, HEADS),
     "grouped": lambda: SelfAttention(WIDTH, HEADS, num_kv_heads=2),
     "encoder": lambda: SelfAttention(WIDTH, HEADS, is_causal=False),
 }

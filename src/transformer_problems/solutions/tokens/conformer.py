@@ -1,7 +1,6 @@
 """The Conformer block: attention for what is far, convolution for what is near, between two half feed-forwards."""
 
-from dataclasses import dataclass
-from typing import Self, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +9,12 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.fit import check_built_for
 from transformer_problems.core.heads import check_input
-from transformer_problems.core.slots import State, StreamingMixer, TokenMixer
+from transformer_problems.core.slots import StreamingMixer, TokenMixer
 from transformer_problems.solutions.tokens.convolution_module import (
     ConvolutionModule,
     ConvolutionNorm,
-    ConvolutionState,
+    MixerAndConvolutionState,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ConformerState:
-    """The states of a block's mixer and of its convolution module."""
-
-    mixer: State
-    convolution: ConvolutionState
-
-    @property
-    def num_bytes(self) -> int:
-        return self.mixer.num_bytes + self.convolution.num_bytes
-
-    def tensors(self) -> dict[str, Tensor]:
-        parts = {"mixer": self.mixer, "convolution": self.convolution}
-        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.tensors().items()}
-
-    def detach(self) -> Self:
-        return type(self)(self.mixer.detach(), self.convolution.detach())
 
 
 class ConformerBlock(nn.Module):
@@ -103,12 +83,12 @@ class ConformerBlock(nn.Module):
         y: Tensor = self.final_norm(self.second_half(x))
         return y
 
-    def initial_state(self, batch_size: int) -> ConformerState:
+    def initial_state(self, batch_size: int) -> MixerAndConvolutionState:
         """The state before the first token: the mixer's, and zeros for the convolution."""
         mixer = cast("StreamingMixer", self.mixer).initial_state(batch_size)
-        return ConformerState(mixer, self.convolution.initial_state(batch_size))
+        return MixerAndConvolutionState(mixer, self.convolution.initial_state(batch_size))
 
-    def stream(self, x: Tensor, state: ConformerState) -> tuple[Tensor, ConformerState]:
+    def stream(self, x: Tensor, state: MixerAndConvolutionState) -> tuple[Tensor, MixerAndConvolutionState]:
         """The next chunk, [B, n, C] -> [B, n, C], and the state after it."""
         check_input(x, embed_dim=self.embed_dim)
         x = self.first_half(x)
@@ -116,7 +96,7 @@ class ConformerBlock(nn.Module):
         x = x + mixed
         convolved, convolution_state = self.convolution.stream(self.convolution_norm(x), state.convolution)
         y: Tensor = self.final_norm(self.second_half(x + convolved))
-        return y, ConformerState(mixer_state, convolution_state)
+        return y, MixerAndConvolutionState(mixer_state, convolution_state)
 
 
 class _HalfStep(nn.Module):

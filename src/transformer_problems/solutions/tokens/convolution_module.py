@@ -11,13 +11,14 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input
+from transformer_problems.core.slots import State
 
 ConvolutionNorm = Literal["batch", "layer"]
 
 
 @dataclass(frozen=True, slots=True)
 class ConvolutionState:
-    """What a causal convolution module keeps of its past; of constant size.
+    """What a causal convolution keeps of its past; of constant size.
 
     Args:
         frames: The last kernel_size - 1 inputs of the depthwise convolution, [B, kernel_size - 1, C].
@@ -36,6 +37,39 @@ class ConvolutionState:
 
     def detach(self) -> Self:
         return type(self)(self.frames.detach(), self.num_seen)
+
+
+@dataclass(frozen=True, slots=True)
+class MixerAndConvolutionState:
+    """The states of a mixer and of the convolution that stands beside it."""
+
+    mixer: State
+    convolution: ConvolutionState
+
+    @property
+    def num_bytes(self) -> int:
+        return self.mixer.num_bytes + self.convolution.num_bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"mixer": self.mixer, "convolution": self.convolution}
+        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.tensors().items()}
+
+    def detach(self) -> Self:
+        return type(self)(self.mixer.detach(), self.convolution.detach())
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Refuse what is no odd number above zero.
+
+    Raises:
+        ArgumentError: If so.
+    """
+    require_positive_int(kernel_size=kernel_size)
+    if kernel_size % 2 == 0:
+        raise ArgumentError(
+            f"kernel_size must be odd, as many frames on each side; got {kernel_size}. "
+            f"Choose {kernel_size - 1} or {kernel_size + 1}."
+        )
 
 
 class ConvolutionModule(nn.Module):
@@ -78,12 +112,8 @@ class ConvolutionModule(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive_int(embed_dim=embed_dim, kernel_size=kernel_size)
-        if kernel_size % 2 == 0:
-            raise ArgumentError(
-                f"kernel_size must be odd, as many frames on each side; got {kernel_size}. "
-                f"Choose {kernel_size - 1} or {kernel_size + 1}."
-            )
+        require_positive_int(embed_dim=embed_dim)
+        check_kernel_size(kernel_size)
         if norm not in get_args(ConvolutionNorm):
             raise UnknownNameError("norm of the convolution", str(norm), get_args(ConvolutionNorm))
         self.embed_dim, self.kernel_size, self.is_causal = embed_dim, kernel_size, is_causal
