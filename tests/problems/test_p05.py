@@ -335,4 +335,7 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     (first,), (last,) = (_values(found, "attention_distance", layer) for layer in (1, 4))
     assert f"With 20 examples a plain Vision Transformer gets {few:.0%} of images right, with" in finding
     assert f"with {EXAMPLES[-1]} it gets {most:.0%}; its first layer" in finding
-    assert f"first layer looks across {first:.0%} of the image and its last across {last:.0%}." in finding
+    assert (
+        f"then looks across {first:.0%} of the image and its last across {last:.0%}, where attention to all" in finding
+    )
+    assert "alike would look across 50%." in finding  # the mean distance in a grid of 4 x 4

@@ -370,4 +370,4 @@ def test_the_finding_names_the_baseline_figures(measured: dict[str, list[Measure
     finding = EXPERIMENT.finding(Results([(Cell(16, "pixels", "quick", 0), m) for m in found]))
     (few,), (many,) = (_values(found, "flops", x) for x in (64, 256))
     assert f"4 times the pixels take {many / few:.0f} times the arithmetic; trained" in finding
-    assert f"16 x 16 is told rightly in {sum(_values(found, 'accuracy')) / 300:.0%} of cases." in finding
+    assert f"tells {sum(_values(found, 'accuracy')) / 300:.0%} of images of 16 x 16 rightly, where chance" in finding

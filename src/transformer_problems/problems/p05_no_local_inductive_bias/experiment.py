@@ -151,8 +151,8 @@ class NoLocalInductiveBias:
         )
         return (
             f"With {few:.0f} examples a plain Vision Transformer gets {first:.0%} of images right, with {many:,.0f} it "
-            f"gets {last:.0%}; its first layer then looks across {near:.0%} of the image and its last across {far:.0%}, "
-            f"where attention to all places alike would look across {blind:.0%}."
+            f"gets {last:.0%}; its first layer then looks across {near:.0%} of the image and its last across "
+            f"{far:.0%}, where attention to all places alike would look across {blind:.0%}."
         )
 
     def arms_for(self, data: OwnData) -> frozenset[str]:
