@@ -116,7 +116,7 @@ class HighComputeCost:
             for metric in ("seconds", "flops", "bytes_moved", "kernels", "energy_j")
         )
         return (
-            f"For 1,000 tokens an encoder of width {width:.0f} does {flops / 1e9:.1f} GFLOP and moves {moved / 1e6:,.0f} "
+            f"For 1,000 tokens an encoder of width {width:.0f} does {flops / 1e9:.1f} GFLOP, moves {moved / 1e6:,.0f} "
             f"MB in and out of {kernels:.0f} kernels, which takes {seconds * 1e3:.0f} ms and "
             f"{_energy_words(results, energy)}."
         )
