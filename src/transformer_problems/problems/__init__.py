@@ -2,9 +2,12 @@
 
 import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 from transformer_problems.catalogue import Problem, load_catalogue
-from transformer_problems.lab.experiment import Experiment
+
+if TYPE_CHECKING:  # it imports torch, which a served ONNX file does without
+    from transformer_problems.lab.experiment import Experiment
 
 
 def has_experiment(problem: Problem) -> bool:
@@ -12,7 +15,7 @@ def has_experiment(problem: Problem) -> bool:
     return importlib.util.find_spec(f"{room_of(problem)}.experiment") is not None
 
 
-def load_experiment(problem: Problem) -> Experiment:
+def load_experiment(problem: Problem) -> "Experiment":
     """The experiment of a problem's room."""
     experiment: Experiment = importlib.import_module(f"{room_of(problem)}.experiment").EXPERIMENT
     return experiment
@@ -23,6 +26,6 @@ def room_of(problem: Problem) -> str:
     return f"{__name__}.p{problem.folder}"
 
 
-def experiment_of(number: int) -> Experiment:
+def experiment_of(number: int) -> "Experiment":
     """The experiment of a problem, by its number."""
     return load_experiment(load_catalogue().problem(number))

@@ -49,7 +49,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size((8, 16, 32), (2, 4, 8), 32, 20, 20, batch_size=16, num_clips=1000, seeds=1),
-    "standard": _Size((8, 16, 32, 64), (4, 8, 16, 32), 32, 600, 400, batch_size=16, num_clips=2000, seeds=3),
+    "standard": _Size((8, 16, 32, 64), (4, 8, 16, 32), 32, 600, 200, batch_size=16, num_clips=2000, seeds=3),
     "full": _Size(
         (8, 16, 32, 64, 128), (4, 8, 16, 32, 64), 128, 5_000, 5_000, batch_size=64, num_clips=20_000, seeds=5
     ),
@@ -139,17 +139,27 @@ class DenseInputs:
         size, side, (num_frames, *_) = _SIZES[results.scale], _IMAGE[0], _CLIP
         return (
             f"Images are {DIGITS_SOURCE}, drawn larger to {side} x {side}, which shows no more. Clips of {num_frames} "
-            f"frames of {_CLIP[1]} x {_CLIP[2]} are made of the same digits in motion, and their speed is asked for. "
-            f"Chance is right in {1 / NUM_DIGITS:.0%} of images and {1 / len(SPEEDS):.0%} of clips.",
+            f"frames of {_CLIP[1]} x {_CLIP[2]} are made of the same digits in motion, and their speed is asked for.",
             f"Models of images take {size.image_steps} steps and models of clips {size.clip_steps}, of "
-            f"{size.batch_size} examples, with AdamW at a peak rate of 0.003: enough for one token a pixel to leave "
-            "chance, and not for it to finish. So points gained are speed of learning; what shows the cost of coarser "
-            "tokens would be detail, of which digits have little.",
+            f"{size.batch_size} examples, with AdamW at a peak rate of 0.003. With one token a pixel that is not the "
+            f"end of learning: {_left_chance(results)} Points gained are speed of learning; what coarser tokens could "
+            "lose is detail, of which digits have little.",
             f"What the FLOPs of the baseline's steps would buy in steps is cut at {_MOST_STEPS} times as many, which "
             "every other arm could more than afford.",
             "FLOPs are counted and the same in every run: the interval of an exponent tells how far the counts are "
             "from one power law.",
         )
+
+
+def _left_chance(results: Results) -> str:
+    """How far the two baselines came, and what that makes of the accuracy that a solution has to hold."""
+    said = []
+    for arm, kind, chance in (("pixels", "images", 1 / NUM_DIGITS), ("clip_pixels", "clips", 1 / len(SPEEDS))):
+        samples = results.samples(arm, "accuracy")
+        if samples is not None:
+            bar = " and sets hardly a bar" if samples.mean() < 2 * chance else ""
+            said.append(f"of {kind} it gets {samples.mean():.0%}, where chance gets {chance:.0%}{bar}")
+    return f"{'; '.join(said)}." if said else "neither baseline was measured."
 
 
 def build_model(arm: str, width: int, shape: tuple[int, ...]) -> nn.Module:
