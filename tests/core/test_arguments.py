@@ -5,11 +5,16 @@ import re
 import pytest
 
 from transformer_problems.core.arguments import (
+    require_finite,
+    require_flag,
     require_multiple,
     require_multiple_of,
     require_not_negative,
     require_positive,
     require_positive_int,
+    require_share,
+    require_share_or_count,
+    require_sizes,
     require_whole_numbers,
 )
 from transformer_problems.core.errors import ArgumentError
@@ -19,6 +24,12 @@ def test_good_values_pass() -> None:
     require_positive(base=0.5, size=3)
     require_positive_int(size=1)
     require_not_negative(size=0)
+    require_flag(pad=False)
+    require_finite(threshold=-0.5, count=2)
+    require_sizes("image_size", (32, 48), ("height", "width"))
+    require_sizes("grid", [3], ("steps",))
+    for value in (0.5, 0.01, 1, 7):
+        require_share_or_count("merge", value, 0.5)
     require_whole_numbers(sizes=(1, -2), places=[0], none=())
     require_multiple("embed_dim", 12, "num_heads", 4)
     require_multiple_of("head_dim", 16, 2, "a pair of features")
@@ -32,6 +43,30 @@ def test_good_values_pass() -> None:
         (lambda: require_positive(base="1"), "base must be a positive number; got '1'."),
         (lambda: require_positive_int(size=0), "size must be positive; got 0."),
         (lambda: require_positive_int(size=2.5), "size must be a positive whole number; got 2.5."),
+        (lambda: require_positive(base=True), "base must be a positive number; got True."),
+        (lambda: require_positive_int(size=True), "size must be a positive whole number; got True."),
+        (lambda: require_not_negative(size=False), "size must be a whole number; got False."),
+        (lambda: require_whole_numbers(sizes=(1, True)), "sizes must be a tuple of whole numbers; got (1, True)."),
+        (lambda: require_share(keep=True), "keep must be a share from 0 to 1; got True."),
+        (lambda: require_finite(threshold=float("inf")), "threshold must be a finite number; got inf."),
+        (lambda: require_finite(threshold=False), "threshold must be a finite number; got False."),
+        (lambda: require_flag(pad="no"), "pad must be True or False; got 'no'. Pass pad=True or pad=False."),
+        (lambda: require_flag(pad=1), "pad must be True or False; got 1. Pass pad=True or pad=False."),
+        *(
+            (
+                lambda sizes=sizes: require_sizes("image_size", sizes, ("height", "width")),
+                f"image_size must be (height, width) in positive whole numbers; got {sizes!r}. "
+                "Pass e.g. image_size=(32, 32).",
+            )
+            for sizes in (32, (32,), (32, 32, 3), (32, 0), (32, True), (32, 2.5), "32")
+        ),
+        *(
+            (
+                lambda value=value: require_share_or_count("merge", value, 0.5),
+                f"merge must be a share in (0, 0.5] (a float) or a count from 1 (an int); got {value!r}.",
+            )
+            for value in (0, 0.0, 0.6, True, "1", None, float("nan"))
+        ),
         (lambda: require_positive_int(size=None), "size must be a positive whole number; got None."),
         (lambda: require_not_negative(size=-1), "size must not be negative; got -1. Use 0 for none."),
         (lambda: require_not_negative(size="2"), "size must be a whole number; got '2'."),

@@ -37,16 +37,16 @@ class UnknownNameError(ArgumentError):
 
     Args:
         kind: What was looked up, e.g. "problem".
-        name: The name received.
+        name: The name received, or whatever stands in its place.
         known: Every name that would have been accepted.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         self.kind, self.name = kind, name
-        names = list(known)
-        part = name.strip("*.")  # all of a plain name, the middle of a pattern
+        names, wanted = list(known), name if isinstance(name, str) else ""
+        part = wanted.strip("*.")  # all of a plain name, the middle of a pattern
         holding = [other for other in names if part and part in other]
-        self.nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.4) or holding[:3]
+        self.nearest = get_close_matches(wanted.lower(), names, n=3, cutoff=0.4) or holding[:3]
         if self.nearest:
             hint = f"Nearest: {', '.join(self.nearest)}."
         elif len(names) > _FEW and kind in ("problem", "solution"):

@@ -1,9 +1,13 @@
-"""Whether the parts of an attention layer go together, asked once, when it is built."""
+"""Whether the parts of a layer or a model go together, asked once, when it is built."""
 
-from torch import Tensor
+from collections.abc import Iterable, Sequence
+from inspect import signature
 
-from transformer_problems.core.arguments import require_not_negative
+from torch import Tensor, nn
+
+from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.slots import AttentionOp, Cache, PositionEncoding
 
 
@@ -60,6 +64,111 @@ def check_built_for(part: object, **sizes: int) -> None:
                 f"{part_name} is built for {name}={own}, but its place here has {name}={size}. "
                 f"Build {part_name} for {name}={size}."
             )
+
+
+def check_mixer_fit(mixer: object, *, embed_dim: int) -> None:
+    """Refuse what is no token mixer of this width, such as the function that would make one.
+
+    Raises:
+        CombinationError: If it is a class, or built for another width.
+        ArgumentError: If it is anything else, with the remedy.
+    """
+    check_built_for(mixer, embed_dim=embed_dim)
+    if not callable(mixer) or not hasattr(mixer, "is_causal"):
+        raise ArgumentError(
+            f"mixer must be a token mixer, which says is_causal; got {shown(mixer)}. Pass e.g. "
+            f"SelfAttention({embed_dim}, num_heads=...), or of a function what it makes."
+        )
+
+
+def check_makes_layers(name: str, makes: object, part: str) -> None:
+    """Refuse what is no function without arguments that makes a part of each layer.
+
+    Args:
+        name: The parameter's.
+        part: What it makes, e.g. "a layer's mixer".
+
+    Raises:
+        ArgumentError: With the remedy.
+    """
+    if isinstance(makes, nn.Module):
+        made = type(makes).__name__
+        raise ArgumentError(
+            f"{name} must be a function that makes {part}; got the {made} itself, which all layers would share. "
+            f"Pass {name}=lambda: {made}(...)."
+        )
+    if not callable(makes):
+        raise ArgumentError(
+            f"{name} must be a function that makes {part}; got {shown(makes)}. Pass {name}=lambda: ..., which is "
+            "called once a layer."
+        )
+    try:
+        signature(makes).bind()
+    except TypeError as error:
+        own = getattr(makes, "__name__", type(makes).__name__)
+        made = "function" if own == "<lambda>" else own
+        raise ArgumentError(
+            f"{name} must be callable without arguments; {made} is not: {error}. Pass {name}=lambda: {made}(...)."
+        ) from error
+
+
+_EMBEDDINGS = {2: "PatchEmbedding(64, patch_size=4)", 3: "TubeletEmbedding(64, patch_size=4, tubelet_len=2)"}
+
+
+def check_embedding_fit(name: str, embedding: object, sizes: Sequence[int]) -> None:
+    """Refuse what does not make tokens on a grid of inputs with that many sizes: two of images, three of clips.
+
+    Args:
+        name: The parameter's.
+
+    Raises:
+        CombinationError: If it is a class, or makes them of inputs with other axes.
+        ArgumentError: If it makes no tokens on a grid at all, or says no positive width.
+    """
+    check_built_for(embedding)
+    remedy = f"Pass e.g. {_EMBEDDINGS.get(len(sizes), 'an embedding of such inputs')}."
+    grid = getattr(embedding, "grid", None)
+    if not callable(embedding) or not callable(grid) or not hasattr(embedding, "embed_dim"):
+        raise ArgumentError(
+            f"{name} must be what makes tokens and says `embed_dim` and `grid`; got {shown(embedding)}. {remedy}"
+        )
+    require_positive_int(embed_dim=embedding.embed_dim)
+    try:
+        signature(grid).bind(*sizes)
+    except TypeError as error:
+        raise CombinationError(
+            f"{name} must make tokens on a grid of {len(sizes)} axes; {type(embedding).__name__} does not. {remedy}"
+        ) from error
+
+
+def check_dtype_fit(weight: Tensor, parts: Iterable[object]) -> None:
+    """Refuse parts none of whose floating-point parameters has the dtype of the model that they are built into.
+
+    Raises:
+        CombinationError: With the remedy.
+    """
+    for part in parts:
+        own = {p.dtype for p in part.parameters() if p.is_floating_point()} if isinstance(part, nn.Module) else None
+        if own and weight.dtype not in own:
+            name, dtypes = type(part).__name__, ", ".join(sorted(map(str, own)))
+            raise CombinationError(
+                f"{name} has weights of {dtypes}, but the model is built in {weight.dtype}. Build {name} with "
+                f"dtype={weight.dtype}, or pass dtype to the model, which converts all of its parts."
+            )
+
+
+def check_skips_fit(skips: object, **sizes: int) -> None:
+    """Refuse what are no long skips, or built for other sizes; None is none.
+
+    Raises:
+        CombinationError: If it is a class, or built for other sizes.
+        ArgumentError: If it is anything else that cannot be called.
+    """
+    check_built_for(skips, **sizes)
+    if skips is not None and not callable(skips):
+        raise ArgumentError(
+            f"skips must say what a layer reads of earlier ones; got {shown(skips)}. Use None for none."
+        )
 
 
 def check_cache_fit(op: AttentionOp, cache: Cache) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_floating, shown
 from transformer_problems.core.slots import PositionBias, PositionEncoding
 
 
@@ -23,20 +24,22 @@ def check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
     Raises:
         ArgumentError: Unless it is None, or bool [B, N].
     """
-    if key_mask is None or (key_mask.dtype == torch.bool and key_mask.shape == x.shape[:2]):
+    if key_mask is None:
         return
-    raise ArgumentError(
-        f"key_mask must be bool {list(x.shape[:2])}, True for real tokens; got {key_mask.dtype} "
-        f"{list(key_mask.shape)}. Compare with the padding token: key_mask = tokens != padding."
-    )
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]:
+        raise ArgumentError(
+            f"key_mask must be bool {list(x.shape[:2])}, True for real tokens; got {shown(key_mask)}. "
+            "Compare with the padding token: key_mask = tokens != padding."
+        )
 
 
 def check_input(x: Tensor, key_mask: Tensor | None = None, *, embed_dim: int) -> None:
     """Refuse what is no batch of sequences of hidden states, or no key mask of them.
 
     Raises:
-        ArgumentError: Unless x is [B, N, embed_dim], and the mask None or bool [B, N].
+        ArgumentError: Unless x is floating point [B, N, embed_dim], and the mask None or bool [B, N].
     """
+    check_floating("x", x)
     if x.dim() != 3 or x.shape[2] != embed_dim:
         raise ArgumentError(f"x must be [B, N, {embed_dim}]; got {list(x.shape)}. Give one sequence as x[None].")
     check_key_mask(key_mask, x)

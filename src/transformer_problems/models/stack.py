@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.fit import check_built_for, check_makes_layers, check_mixer_fit, check_skips_fit
 from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.slots import LongSkips, PositionEncoding, TokenMixer, token_positions
 from transformer_problems.models.block import ResidualFactory, TransformerBlock
@@ -132,7 +132,7 @@ class TransformerStack(nn.Module):
         self.blocks = stack_layers(
             embed_dim, num_layers, mixer, is_causal=is_causal, residual=residual, device=device, dtype=dtype
         )
-        check_built_for(skips, num_layers=num_layers, embed_dim=embed_dim)
+        check_skips_fit(skips, num_layers=num_layers, embed_dim=embed_dim)
         self.skips = skips
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
@@ -188,12 +188,7 @@ def stack_layers(
             cannot be called as such.
     """
     require_positive_int(num_layers=num_layers)
-    if isinstance(mixer, nn.Module):
-        name = type(mixer).__name__
-        raise ArgumentError(
-            f"mixer must be a function that makes a layer's mixer; got the {name} itself, which all layers would "
-            f"share. Pass mixer=lambda: {name}(...)."
-        )
+    check_makes_layers("mixer", mixer, "a layer's mixer")
     _check_residual_factory(residual)
     layers = TransformerLayers(
         TransformerBlock(
@@ -224,7 +219,7 @@ def _check_residual_factory(residual: object) -> None:
 
 
 def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:
-    check_built_for(mixer, embed_dim=embed_dim)
+    check_mixer_fit(mixer, embed_dim=embed_dim)
     if mixer.is_causal != is_causal:
         raise CombinationError(
             f"this model needs mixers with is_causal={is_causal}; {type(mixer).__name__} has "
