@@ -182,3 +182,6 @@ def test_pooled_it_costs_as_tokens_but_for_the_pooled_ones() -> None:
 def test_a_reduction_beside_a_pooled_size_is_refused() -> None:
     with pytest.raises(ArgumentError, match="reduction must be 1 with a pooled_size"):
         SpatialReductionAttention(WIDTH, HEADS, 2, pooled_size=4)
+    for pooled_size in (0, -3):
+        with pytest.raises(ArgumentError, match=f"pooled_size must be positive; got {pooled_size}"):
+            SpatialReductionAttention(WIDTH, HEADS, 2, pooled_size=pooled_size)

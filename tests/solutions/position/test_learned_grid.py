@@ -72,3 +72,10 @@ def test_what_does_not_fit_is_refused() -> None:
             module(x, (2, 3))
     with pytest.raises(ArgumentError, match="rows must be positive; got 0"):
         LearnedGridPositions(0, 3, 2)
+    with pytest.raises(ArgumentError, match="rows must be positive; got -4"):
+        LearnedGridPositions(-4, 3, 2)
+    for grid in ((6,), 6, None, (-2, -3), (0, 3), (2.0, 3)):
+        with pytest.raises(ArgumentError, match=r"grid must be \(rows, columns\) in positive whole numbers; got"):
+            module(torch.zeros(1, 6, 2), grid)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="x must be floating point; got torch.int64"):
+        module(torch.zeros(1, 6, 2, dtype=torch.int64), (2, 3))

@@ -251,3 +251,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         build(lambda: relative(is_causal=False), causal_convolution=True).initial_state(1)
     with pytest.raises(ArgumentError, match="is_causal must be True to stream"):
         build(relative).initial_state(1)
+    for other in (relative, lambda: relative(), None, nn.Linear(WIDTH, WIDTH)):
+        with pytest.raises(ArgumentError, match=r"mixer must be a token mixer, .* got .* Pass e.g. SelfAttention\(8"):
+            ConformerBlock(WIDTH, other)  # type: ignore[arg-type]
+    with pytest.raises(CombinationError, match="SelfAttention is a class, not an instance"):
+        ConformerBlock(WIDTH, SelfAttention)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="causal_convolution must be True or False; got 'no'"):
+        ConformerBlock(WIDTH, relative(), causal_convolution="no")  # type: ignore[arg-type]

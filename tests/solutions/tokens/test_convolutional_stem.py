@@ -176,16 +176,22 @@ def test_what_does_not_fit_is_refused() -> None:
         ConvolutionalStem(30, 3)
     with pytest.raises(ArgumentError, match="num_stages must be positive; got 0"):
         ConvolutionalStem(8, 0)
+    with pytest.raises(
+        ArgumentError, match="num_stages must be at most 4, as widths double up to embed_dim=8; got 2000"
+    ):
+        ConvolutionalStem(8, 2000)
     with pytest.raises(ArgumentError, match="in_channels must be a positive whole number; got 1.5"):
         ConvolutionalStem(8, 1, in_channels=1.5)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="unknown downsampling 'pooling'. Nearest: pool"):
         ConvolutionalStem(8, 1, downsampling="pooling")  # type: ignore[arg-type]
     stem = ConvolutionalStem(8, 2)
-    for images in (torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
+    for images in (torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 3)):
         with pytest.raises(
             ArgumentError, match=r"images must be floating point \[B, 3, H, W\]; got torch\..*in_channels"
         ):
             stem(images)
+    with pytest.raises(ArgumentError, match=r"got torch\.uint8 \[1, 3, 8, 8\]. Pass images.float\(\) / 255.$"):
+        stem(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ArgumentError, match="height must be positive; got 0"):
         stem(torch.zeros(1, 3, 0, 8))
     for num_images in (0, 1):

@@ -124,7 +124,7 @@ def test_identical_tokens_merge_first() -> None:
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    for merge in (0, 0.0, 0.6, -3):
+    for merge in (0, 0.0, 0.6, -3, True):
         with pytest.raises(ArgumentError, match=f"merge must be a share in .* got {merge}"):
             TokenMerging(merge)
     with pytest.raises(ArgumentError, match="num_protected must be a whole number; got 1.5"):

@@ -148,11 +148,13 @@ def test_what_does_not_fit_is_refused() -> None:
         module(torch.zeros(1, 3, 4, 3))
     with pytest.raises(ArgumentError, match="height must be positive; got 0"):
         module(torch.zeros(1, 3, 0, 4))
-    for images in (torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)):
+    for images in (torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 3)):
         with pytest.raises(
             ArgumentError, match=r"images must be floating point \[B, 3, H, W\]; got torch\..*in_channels"
         ):
             module(images)
+    with pytest.raises(ArgumentError, match=r"got torch\.uint8 \[1, 3, 8, 8\]. Pass images.float\(\) / 255.$"):
+        module(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(CombinationError, match="overlap, so images cannot be cut.*stride=4"):
         PatchEmbedding(6, 4, stride=2).cut(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ArgumentError, match="stride must be at most 4.*got 5. Choose stride=4"):
@@ -161,3 +163,8 @@ def test_what_does_not_fit_is_refused() -> None:
         PatchEmbedding(6, 4, padding=4)
     with pytest.raises(ArgumentError, match="patch_size must be positive; got 0"):
         PatchEmbedding(6, 0)
+    with pytest.raises(ArgumentError, match="patch_size must be a positive whole number; got True"):
+        PatchEmbedding(6, True)
+    for pad in ("no", None, 1):
+        with pytest.raises(ArgumentError, match="pad must be True or False; got .* Pass pad=True or pad=False"):
+            PatchEmbedding(6, 4, pad=pad)  # type: ignore[arg-type]

@@ -74,3 +74,7 @@ def test_what_does_not_fit_is_refused() -> None:
         PatchMerging(6)(torch.zeros(2, 4, 4, 5))
     with pytest.raises(ArgumentError, match=r"x must be \[B, ..., H, W, 6\]; got \[2, 16, 6\]"):
         PatchMerging(6)(torch.zeros(2, 16, 6))
+    with pytest.raises(ArgumentError, match="embed_dim must be a positive whole number; got None"):
+        PatchMerging(None)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"x must be floating point; got torch\.int64 \[2, 4, 4, 6\]"):
+        PatchMerging(6)(torch.zeros(2, 4, 4, 6, dtype=torch.int64))

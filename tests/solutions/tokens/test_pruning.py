@@ -164,7 +164,7 @@ def test_a_row_without_tokens_stays_empty() -> None:
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    for keep in (0, 0.0, 1.5, -3):
+    for keep in (0, 0.0, 1.5, -3, True):
         with pytest.raises(ArgumentError, match=f"keep must be a share in .* got {keep}"):
             TokenPruning(keep)
     with pytest.raises(ArgumentError, match="num_protected must not be negative; got -1"):
@@ -173,3 +173,9 @@ def test_arguments_out_of_range_are_refused() -> None:
         LearnedTokenPruning(num_protected="1")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="temperature must be positive; got 0"):
         LearnedTokenPruning(temperature=0)
+    for threshold in (float("nan"), "0", None, True):
+        with pytest.raises(ArgumentError, match=f"threshold must be a finite number; got .*{threshold}"):
+            LearnedTokenPruning(threshold)  # type: ignore[arg-type]
+    assert LearnedTokenPruning(0).threshold.is_floating_point()
+    with pytest.raises(ArgumentError, match="trace must hold one layer or more; got none"):
+        pruning_penalty(())

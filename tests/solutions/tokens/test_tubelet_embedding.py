@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 from transformer_problems.lab.meters.flops import count_flops
+from transformer_problems.solutions.tokens.convolutional_stem import ConvolutionalStem
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 from transformer_problems.solutions.tokens.tubelet_embedding import TubeletEmbedding
 
@@ -186,12 +187,16 @@ def test_what_does_not_fit_is_refused() -> None:
         module(torch.zeros(1, 3, 1, 8, 8))
     with pytest.raises(ArgumentError, match="num_frames must be positive; got 0"):
         module(torch.zeros(1, 3, 0, 8, 8))
-    frames_first, one_clip, whole_numbers = (1, 4, 3, 8, 8), (3, 4, 8, 8), torch.zeros(1, 3, 4, 8, 8, dtype=torch.int64)
-    for clips in (torch.zeros(frames_first), torch.zeros(one_clip), whole_numbers):
+    frames_first, one_clip = (1, 4, 3, 8, 8), (3, 4, 8, 8)
+    for clips in (torch.zeros(frames_first), torch.zeros(one_clip)):
         with pytest.raises(ArgumentError, match=r"clips must be floating point \[B, 3, T, H, W\]; got torch\..*frames"):
             module(clips)
+    with pytest.raises(ArgumentError, match=r"got torch\.int64 \[1, 3, 4, 8, 8\]. Pass clips.float\(\) / 255.$"):
+        module(torch.zeros(1, 3, 4, 8, 8, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="tubelet_len must be positive; got 0"):
         TubeletEmbedding(6, 4, 0)
+    with pytest.raises(ArgumentError, match="pad must be True or False; got 'no'"):
+        TubeletEmbedding(6, 4, 2, pad="no")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="patch_size must be a positive whole number; got 2.5"):
         TubeletEmbedding(6, 2.5, 2)  # type: ignore[arg-type]
 
@@ -206,5 +211,8 @@ def test_a_start_that_does_not_fit_is_refused() -> None:
         TubeletEmbedding.from_patches(PatchEmbedding(6, 4, padding=1), 2)
     with pytest.raises(CombinationError, match="PatchEmbedding is a class, not an instance"):
         TubeletEmbedding.from_patches(PatchEmbedding, 2)  # type: ignore[arg-type]
+    for other in (ConvolutionalStem(8, 2), TubeletEmbedding(6, 4, 2), nn.Conv2d(3, 6, 4, 4), None):
+        with pytest.raises(ArgumentError, match="patches must be the PatchEmbedding of an image model, .* got"):
+            TubeletEmbedding.from_patches(other, 2)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="tubelet_len must be positive; got 0"):
         TubeletEmbedding.from_patches(patches, 0)

@@ -6,8 +6,14 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple, require_positive_int, require_whole_numbers
+from transformer_problems.core.arguments import (
+    require_flag,
+    require_multiple,
+    require_positive_int,
+    require_whole_numbers,
+)
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_on_grid
 from transformer_problems.solutions.attention.grid_windows import GridWindows
 
 
@@ -65,6 +71,7 @@ class ShiftedWindowAttention(nn.Module):
             raise ArgumentError("window_size must have a size for each axis of the grid; got (). Choose e.g. (7, 7).")
         for size in window_size:
             require_positive_int(window_size=size)
+        require_flag(shifted=shifted)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.window_size, self.shifted = tuple(window_size), shifted
         self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, device=device, dtype=dtype)
@@ -75,7 +82,9 @@ class ShiftedWindowAttention(nn.Module):
         self._kept: _Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        axes = len(self.window_size)
+        layout = f"[B, *grid, {self.embed_dim}] with a grid of {axes} axes, as window_size={self.window_size} has"
+        check_on_grid(x, layout, embed_dim=self.embed_dim, num_axes=axes)
         windows = GridWindows.of(tuple(x.shape[1:-1]), self.window_size, shifted=self.shifted, device=x.device)
         qkv = self.qkv_proj(windows.cut(x.flatten(1, -2)))
         y: Tensor = self.out_proj(windows.join(self._attend(qkv, windows)))
@@ -111,14 +120,6 @@ class ShiftedWindowAttention(nn.Module):
                 own = table.detach().clone()
                 self._kept = kept = _Kept(windows, own, _added_scores(own, windows))
         return kept.added
-
-    def _check_input(self, x: Tensor) -> None:
-        axes = len(self.window_size)
-        if x.dim() != axes + 2 or x.shape[-1] != self.embed_dim or 0 in x.shape[1:]:
-            raise ArgumentError(
-                f"x must be [B, *grid, {self.embed_dim}] with a grid of {axes} axes, as window_size={self.window_size} "
-                f"has; got {list(x.shape)}. Give tokens [B, N, C] as x.unflatten(1, grid)."
-            )
 
 
 def _attend_and_learn(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:

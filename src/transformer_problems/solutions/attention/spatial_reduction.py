@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.heads import merge_heads, split_heads
+from transformer_problems.core.inputs import check_on_grid
 
 
 class SpatialReductionAttention(nn.Module):
@@ -56,11 +57,7 @@ class SpatialReductionAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
-        require_positive_int(reduction=reduction)
-        if pooled_size is not None:
-            require_positive_int(pooled_size=pooled_size)
-            if reduction != 1:
-                raise ArgumentError(f"reduction must be 1 with a pooled_size, which takes its place; got {reduction}.")
+        require_one_coarsening(reduction, pooled_size)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.reduction, self.pooled_size = reduction, pooled_size
         self.q_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
@@ -73,11 +70,7 @@ class SpatialReductionAttention(nn.Module):
             self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[-1] != self.embed_dim or 0 in x.shape[1:]:
-            raise ArgumentError(
-                f"x must be [B, rows, columns, {self.embed_dim}]; got {list(x.shape)}. "
-                "Give tokens [B, N, C] as x.unflatten(1, grid)."
-            )
+        check_on_grid(x, f"[B, rows, columns, {self.embed_dim}]", embed_dim=self.embed_dim, num_axes=2)
         q = split_heads(self.q_proj(x.flatten(1, 2)), self.num_heads)
         coarser = self.kv_proj(self._coarser(x).flatten(1, 2))
         k, v = (split_heads(part, self.num_heads) for part in coarser.chunk(2, dim=-1))
@@ -101,3 +94,15 @@ class SpatialReductionAttention(nn.Module):
             x = nn.functional.pad(x, (0, 0, 0, right, 0, below))
         y: Tensor = self.norm(self.reduce(x.movedim(-1, 1)).movedim(1, -1))
         return y
+
+
+def require_one_coarsening(reduction: int, pooled_size: int | None) -> None:
+    """Raise ArgumentError unless one of the two makes keys fewer, or neither, and both are sizes."""
+    require_positive_int(reduction=reduction)
+    if pooled_size is None:
+        return
+    require_positive_int(pooled_size=pooled_size)
+    if reduction != 1:
+        raise ArgumentError(
+            f"reduction must be 1 with a pooled_size, which takes its place; got {reduction}. Leave one of them out."
+        )

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_positive_int, require_sizes
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_floating
 
 
 class LearnedGridPositions(nn.Module):
@@ -22,7 +23,7 @@ class LearnedGridPositions(nn.Module):
         x: [B, N, C]; grid: (rows, columns) of the tokens, N = rows * columns; output: as x.
 
     Raises:
-        ArgumentError: If a size is not positive, or the tokens do not make up the grid.
+        ArgumentError: If a size is not positive, `grid` is no such pair, or the tokens do not make it up.
 
     Source:
         Dosovitskiy et al. 2021, arXiv:2010.11929, sections 3.1 and 3.2.
@@ -45,6 +46,8 @@ class LearnedGridPositions(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        require_sizes("grid", grid, ("rows", "columns"))
+        check_floating("x", x)
         rows, columns = grid
         if x.dim() != 3 or x.shape[1:] != (rows * columns, self.embed_dim):
             raise ArgumentError(

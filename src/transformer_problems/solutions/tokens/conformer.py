@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive_int
-from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.arguments import require_flag, require_positive_int
+from transformer_problems.core.fit import check_mixer_fit
 from transformer_problems.core.heads import check_input
 from transformer_problems.core.slots import StreamingMixer, TokenMixer
 from transformer_problems.solutions.tokens.convolution_module import (
@@ -40,8 +40,10 @@ class ConformerBlock(nn.Module):
         x: [B, N, C]; key_mask: [B, N]; positions: [N] or [B, N]; output: [B, N, C].
 
     Raises:
-        CombinationError: If the mixer is built for another width.
-        ArgumentError: If a size is not positive, or the kernel even.
+        CombinationError: If the mixer is a class, or built for another width.
+        ArgumentError: If a size is not positive, the kernel even, or the mixer none, such as a function that makes
+            one; if an input's shape or dtype is wrong, or a stream is asked of what cannot stream.
+        UnknownNameError: If there is no such norm.
 
     Source:
         Gulati et al. 2020, arXiv:2005.08100, sections 2.1 to 2.4 and figure 1. Differs from the paper: no dropout; the
@@ -62,7 +64,8 @@ class ConformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         require_positive_int(embed_dim=embed_dim, expansion=expansion)
-        check_built_for(mixer, embed_dim=embed_dim)
+        check_mixer_fit(mixer, embed_dim=embed_dim)
+        require_flag(causal_convolution=causal_convolution)
         self.embed_dim = embed_dim
         self.is_causal = mixer.is_causal and causal_convolution
         self.first_half = _HalfStep(embed_dim, expansion, device, dtype)

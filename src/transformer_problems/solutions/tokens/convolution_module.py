@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_flag, require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input
@@ -92,8 +92,8 @@ class ConvolutionModule(nn.Module):
         x: [B, N, C]; key_mask: [B, N]; positions: ignored; output: [B, N, C].
 
     Raises:
-        ArgumentError: If a size is not positive or the kernel even, if batch norm is to be trained on a single real
-            frame, or a stream is asked of what cannot stream.
+        ArgumentError: If a size is not positive or the kernel even, an input's shape or dtype is wrong, batch norm
+            is to be trained on a single real frame, or a stream is asked of what cannot stream.
         UnknownNameError: If `norm` is neither.
 
     Source:
@@ -114,8 +114,9 @@ class ConvolutionModule(nn.Module):
         super().__init__()
         require_positive_int(embed_dim=embed_dim)
         check_kernel_size(kernel_size)
+        require_flag(is_causal=is_causal)
         if norm not in get_args(ConvolutionNorm):
-            raise UnknownNameError("norm of the convolution", str(norm), get_args(ConvolutionNorm))
+            raise UnknownNameError("norm of the convolution", norm, get_args(ConvolutionNorm))
         self.embed_dim, self.kernel_size, self.is_causal = embed_dim, kernel_size, is_causal
         self.pointwise_in = nn.Linear(embed_dim, 2 * embed_dim, bias=False, device=device, dtype=dtype)
         self.depthwise = nn.Conv1d(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple_of, require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.core.inputs import check_images
 
 Downsampling = Literal["stride", "pool"]
 
@@ -64,9 +65,14 @@ class ConvolutionalStem(nn.Module):
     ) -> None:
         super().__init__()
         require_positive_int(embed_dim=embed_dim, num_stages=num_stages, in_channels=in_channels)
+        if num_stages > embed_dim.bit_length():
+            raise ArgumentError(
+                f"num_stages must be at most {embed_dim.bit_length()}, as widths double up to embed_dim={embed_dim}; "
+                f"got {num_stages}. Choose fewer stages, or a larger embed_dim."
+            )
         require_multiple_of("embed_dim", embed_dim, 2 ** (num_stages - 1), f"as widths double in {num_stages} stages")
         if downsampling not in get_args(Downsampling):
-            raise UnknownNameError("downsampling", str(downsampling), get_args(Downsampling))
+            raise UnknownNameError("downsampling", downsampling, get_args(Downsampling))
         self.embed_dim, self.num_stages = embed_dim, num_stages
         self.in_channels, self.downsampling = in_channels, downsampling
         widths = [embed_dim // 2**i for i in reversed(range(num_stages))]
@@ -96,12 +102,7 @@ class ConvolutionalStem(nn.Module):
         return f"num_stages={self.num_stages}, downsampling={self.downsampling!r}"
 
     def _check_images(self, images: Tensor) -> None:
-        if images.dim() != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():
-            raise ArgumentError(
-                f"images must be floating point [B, {self.in_channels}, H, W]; got {images.dtype} "
-                f"{list(images.shape)}. Give one image as images[None], or build ConvolutionalStem with in_channels of "
-                "your images."
-            )
+        check_images(images, next(self.stages.parameters()), "ConvolutionalStem")
         rows, columns = self.grid(*images.shape[2:])
         num_tokens = len(images) * rows * columns
         if self.downsampling == "stride" and self.training and num_tokens < 2:

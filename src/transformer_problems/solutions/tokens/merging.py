@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_not_negative
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.arguments import require_not_negative, require_share_or_count
 from transformer_problems.core.token_slots import Attended, Tokens
 
 
@@ -32,10 +31,7 @@ class TokenMerging(nn.Module):
 
     def __init__(self, merge: float, *, num_protected: int = 1) -> None:
         super().__init__()
-        if not (isinstance(merge, int) and merge >= 1) and not (isinstance(merge, float) and 0 < merge <= 0.5):
-            raise ArgumentError(
-                f"merge must be a share in (0, 0.5] (a float) or a count from 1 (an int); got {merge!r}."
-            )
+        require_share_or_count("merge", merge, 0.5)
         require_not_negative(num_protected=num_protected)
         self.merge, self.num_protected = merge, num_protected
 

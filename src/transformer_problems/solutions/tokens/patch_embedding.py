@@ -6,8 +6,9 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_not_negative, require_positive_int
+from transformer_problems.core.arguments import require_flag, require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.inputs import check_images
 
 
 class PatchEmbedding(nn.Module):
@@ -53,6 +54,7 @@ class PatchEmbedding(nn.Module):
         require_positive_int(embed_dim=embed_dim, patch_size=patch_size, in_channels=in_channels, stride=stride)
         padding = (patch_size // 2 if stride < patch_size else 0) if padding is None else padding
         require_not_negative(padding=padding)
+        require_flag(pad=pad)
         for name, value, limit in (("stride", stride, patch_size), ("padding", padding, patch_size - 1)):
             if value > limit:
                 raise ArgumentError(
@@ -128,12 +130,7 @@ class PatchEmbedding(nn.Module):
 
     def _padded(self, images: Tensor) -> Tensor:
         """The images with the zeros that patches take in, and no more."""
-        if images.dim() != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():
-            raise ArgumentError(
-                f"images must be floating point [B, {self.in_channels}, H, W]; got {images.dtype} "
-                f"{list(images.shape)}. Give one image as images[None], or build PatchEmbedding with in_channels of "
-                "your images."
-            )
+        check_images(images, self.projection.weight, "PatchEmbedding")
         height, width = images.shape[-2:]
         self.grid(height, width)
         below, right = (self._span(size) - self.padding - size for size in (height, width))

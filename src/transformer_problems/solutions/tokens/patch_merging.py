@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_floating
 
 
 class PatchMerging(nn.Module):
@@ -38,13 +39,15 @@ class PatchMerging(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_positive_int(embed_dim=embed_dim)
         out_dim = 2 * embed_dim if out_dim is None else out_dim
-        require_positive_int(embed_dim=embed_dim, out_dim=out_dim)
+        require_positive_int(out_dim=out_dim)
         self.embed_dim = embed_dim
         self.norm = nn.LayerNorm(4 * embed_dim, device=device, dtype=dtype)
         self.projection = nn.Linear(4 * embed_dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating("x", x)
         if x.dim() < 4 or x.shape[-1] != self.embed_dim:
             raise ArgumentError(
                 f"x must be [B, ..., H, W, {self.embed_dim}]; got {list(x.shape)}. "

@@ -6,7 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_not_negative, require_positive
+from transformer_problems.core.arguments import (
+    require_finite,
+    require_not_negative,
+    require_positive,
+    require_share_or_count,
+)
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.token_slots import Attended, Tokens
 
@@ -31,8 +36,7 @@ class TokenPruning(nn.Module):
 
     def __init__(self, keep: float, *, num_protected: int = 1) -> None:
         super().__init__()
-        if not (isinstance(keep, int) and keep >= 1) and not (isinstance(keep, float) and 0 < keep <= 1):
-            raise ArgumentError(f"keep must be a share in (0, 1] (a float) or a count from 1 (an int); got {keep!r}.")
+        require_share_or_count("keep", keep, 1.0)
         require_not_negative(num_protected=num_protected)
         self.keep: float = keep
         self.num_protected = num_protected
@@ -67,7 +71,7 @@ class LearnedTokenPruning(nn.Module):
         num_protected: The first tokens, never pruned, such as the one that a classifier reads.
 
     Raises:
-        ArgumentError: If temperature is not positive or num_protected is negative.
+        ArgumentError: If threshold is not finite, temperature is not positive, or num_protected is negative.
 
     Source:
         Kim et al. 2022, arXiv:2107.00910. Differs from the paper: the soft mask weighs a
@@ -84,9 +88,10 @@ class LearnedTokenPruning(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        require_finite(threshold=threshold)
         require_positive(temperature=temperature)
         require_not_negative(num_protected=num_protected)
-        self.threshold = nn.Parameter(torch.tensor(threshold, device=device, dtype=dtype))
+        self.threshold = nn.Parameter(torch.tensor(float(threshold), device=device, dtype=dtype))
         self.temperature, self.num_protected = temperature, num_protected
         self.is_hard = False
 
@@ -117,7 +122,19 @@ class LearnedTokenPruning(nn.Module):
 
 
 def pruning_penalty(trace: Sequence[Tokens]) -> Tensor:
-    """Mean weight of a real token over the layers of a soft trace: the L1 term of learned pruning, in [0, 1]."""
+    """Mean weight of a real token over the layers of a soft trace: the L1 term of learned pruning, in [0, 1].
+
+    Args:
+        trace: What is left after each layer, from `ReducingEncoder.trace`.
+
+    Raises:
+        ArgumentError: If the trace is empty.
+
+    Source:
+        Kim et al. 2022, arXiv:2107.00910 (the regularisation of soft masks).
+    """
+    if not trace:
+        raise ArgumentError("trace must hold one layer or more; got none. Pass ReducingEncoder(...).trace(tokens).")
     layers = [tokens.real if tokens.sizes is None else tokens.sizes.masked_fill(~tokens.real, 0.0) for tokens in trace]
     return torch.stack([layer.sum() / tokens.real.sum() for layer, tokens in zip(layers, trace, strict=True)]).mean()
 

@@ -5,9 +5,10 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_multiple_of, require_positive_int
+from transformer_problems.core.arguments import require_flag, require_multiple_of, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.inputs import check_clips, shown
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 
 Initialisation = Literal["central", "inflate"]
@@ -59,6 +60,7 @@ class TubeletEmbedding(nn.Module):
         require_positive_int(
             embed_dim=embed_dim, patch_size=patch_size, tubelet_len=tubelet_len, in_channels=in_channels
         )
+        require_flag(pad=pad)
         self.embed_dim, self.patch_size, self.tubelet_len = embed_dim, patch_size, tubelet_len
         self.in_channels, self.pad = in_channels, pad
         size = (tubelet_len, patch_size, patch_size)
@@ -75,12 +77,18 @@ class TubeletEmbedding(nn.Module):
                 projects the mean of the frames.
 
         Raises:
-            ArgumentError: If `tubelet_len` is not positive, or there is no such method.
+            ArgumentError: If `patches` are no PatchEmbedding, or `tubelet_len` is not positive.
+            UnknownNameError: If there is no such method.
             CombinationError: If patches overlap or have zeros around the image, which tubelets do not.
         """
         check_built_for(patches)
+        if not isinstance(patches, PatchEmbedding):
+            raise ArgumentError(
+                f"patches must be the PatchEmbedding of an image model, whose filters tubelets inherit; got "
+                f"{shown(patches)}. Pass e.g. model.patches."
+            )
         if method not in get_args(Initialisation):
-            raise UnknownNameError("method of initialisation", str(method), get_args(Initialisation))
+            raise UnknownNameError("method of initialisation", method, get_args(Initialisation))
         if patches.stride != patches.patch_size or patches.padding:
             raise CombinationError(
                 f"tubelets lie side by side from the first pixel on; these patches have stride={patches.stride} and "
@@ -126,12 +134,7 @@ class TubeletEmbedding(nn.Module):
 
     def _cut(self, clips: Tensor) -> Tensor:
         """The pixels of each tubelet, [B, C_in, T, H, W] -> [B, N, C_in * t * P * P], as the projection orders them."""
-        if clips.dim() != 5 or clips.shape[1] != self.in_channels or not clips.is_floating_point():
-            raise ArgumentError(
-                f"clips must be floating point [B, {self.in_channels}, T, H, W]; got {clips.dtype} "
-                f"{list(clips.shape)}. Give one clip as clips[None], frames first as clips.transpose(1, 2), or build "
-                "TubeletEmbedding with in_channels of your clips."
-            )
+        check_clips(clips, self.projection.weight, "TubeletEmbedding")
         sizes = (self.tubelet_len, self.patch_size, self.patch_size)
         steps, rows, columns = self.grid(*clips.shape[2:])
         after, below, right = (
