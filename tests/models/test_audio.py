@@ -109,6 +109,16 @@ def test_bad_arguments_are_named() -> None:
         ConformerEncoder(FEATURES, WIDTH, 0, CLASSES, BLOCKS["conformer"])
     with pytest.raises(ArgumentError, match=r"block must be a function .* Pass block=lambda: ConformerBlock"):
         ConformerEncoder(FEATURES, WIDTH, 2, CLASSES, BLOCKS["conformer"]())
+    for block, said in (
+        (None, "block must be a function that makes a layer; got None"),
+        (
+            ConformerBlock,
+            "block must be callable without arguments; ConformerBlock is not: missing a required argument",
+        ),
+        (lambda: None, "block must make a module; it made None"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            ConformerEncoder(FEATURES, WIDTH, 2, CLASSES, block)  # type: ignore[arg-type]
     with pytest.raises(CombinationError, match="ConformerBlock is built for embed_dim=8, but its place here has"):
         ConformerEncoder(FEATURES, 16, 2, CLASSES, BLOCKS["conformer"])
     with pytest.raises(CombinationError, match="is a class, not an instance"):

@@ -187,8 +187,13 @@ def test_layers_are_found_by_what_works_on_layers() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="stages must be one PyramidStage or more; got none"):
+    with pytest.raises(ArgumentError, match="stages must be a tuple of one PyramidStage or more; got none"):
         PyramidTransformer((), CLASSES)
+    for stages in (STAGES[0], PyramidStage, (8, 12), None, iter(STAGES)):
+        with pytest.raises(
+            ArgumentError, match=r"stages must be a tuple of one PyramidStage or more; got .* Pass e\.g\."
+        ):
+            PyramidTransformer(stages, CLASSES)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="num_classes must be positive; got 0"):
         PyramidTransformer(STAGES, 0)
     with pytest.raises(ArgumentError, match="embed_dim must be a multiple of num_heads; got 8 and 3"):
@@ -196,5 +201,15 @@ def test_what_does_not_fit_is_refused() -> None:
     for name in ("depth", "reduction", "stride", "expansion"):
         with pytest.raises(ArgumentError, match=f"{name} must be positive; got 0"):
             PyramidStage(**{"embed_dim": 8, "depth": 2, "num_heads": 2, name: 0})
+    for reduction, pooled_size in ((1, 0), (4, 0), (4, -3)):
+        with pytest.raises(ArgumentError, match=f"pooled_size must be positive; got {pooled_size}"):
+            PyramidStage(8, 2, 2, reduction, pooled_size=pooled_size)
+    with pytest.raises(ArgumentError, match="reduction must be 1 with a pooled_size, .* got 4. Leave one of them out"):
+        PyramidStage(8, 2, 2, 4, pooled_size=7)
+    for name in ("embed_dim", "expansion"):
+        with pytest.raises(ArgumentError, match=f"{name} must be positive; got 0"):
+            ConvolutionFeedForward(**{"embed_dim": 8, name: 0})
+    with pytest.raises(ArgumentError, match=r"x must be \[B, rows, columns, 4\]; got \[1, 9, 4\]"):
+        ConvolutionFeedForward(4)(torch.zeros(1, 9, 4))
     with pytest.raises(ArgumentError, match=r"images must be floating point \[B, 2, H, W\]"):
         build()(torch.zeros(1, 3, 16, 16))

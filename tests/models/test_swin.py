@@ -285,7 +285,13 @@ def test_what_does_not_fit_is_refused() -> None:
         SwinTransformer(patches, (4, 4), (2,), (2,), 0)
     with pytest.raises(ArgumentError, match="embed_dim must be a multiple of num_heads; got 16 and 3"):
         SwinTransformer(patches, (4, 4), (2, 2), (2, 3), CLASSES)
-    with pytest.raises(ArgumentError, match=r"with a grid of 3 axes, as window_size=\(2, 4, 4\) has"):
-        SwinTransformer(patches, (2, 4, 4), (2,), (2,), CLASSES)(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(CombinationError, match="patches must make tokens on a grid of 3 axes; PatchEmbedding does not"):
+        SwinTransformer(patches, (2, 4, 4), (2,), (2,), CLASSES)
+    with pytest.raises(ArgumentError, match=r"patches must be what makes tokens .* got 8. Pass e.g. PatchEmbedding"):
+        SwinTransformer(8, (4, 4), (2,), (2,), CLASSES)  # type: ignore[arg-type]
+    with pytest.raises(CombinationError, match="ShiftedWindowAttention is a class, not an instance"):
+        GridBlock(8, ShiftedWindowAttention)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="shifted must be True or False; got 'no'"):
+        ShiftedWindowAttention(8, 2, (4, 4), shifted="no")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"images must be floating point \[B, 3, H, W\]"):
         SwinTransformer(patches, (4, 4), (2,), (2,), CLASSES)(torch.zeros(1, 1, 16, 16))

@@ -11,6 +11,7 @@ from transformer_problems.core.errors import ArgumentError, CombinationError, Un
 from transformer_problems.lab.meters.flops import count_flops
 from transformer_problems.models.video import ClipPool, FactorisedVideoEncoder, JointVideoEncoder
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 from transformer_problems.solutions.tokens.tubelet_embedding import TubeletEmbedding
 from transformer_problems.solutions.training.checkpointing import checkpoint_layers
 
@@ -242,6 +243,16 @@ def test_layers_are_found_by_what_works_on_layers(kind: type[Encoder]) -> None:
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_that_tubelets_do_not_fill_are_padded_where_the_embedding_pads(kind: str) -> None:
+    model, clips = build(KINDS[kind][0]), draw(5, 11, 10)
+    filled = nn.functional.pad(clips, (0, 2, 0, 1, 0, 1))
+    with pytest.raises(ArgumentError, match="number of frames must be a multiple of 2, .* got 5. Choose 4 or 6"):
+        model(clips)
+    model.tokens.tubelets.pad = True
+    torch.testing.assert_close(model(clips), model(filled), atol=0, rtol=0)
+
+
 def test_half_precision() -> None:
     clips = draw().to(torch.bfloat16)
     for kind in (JointVideoEncoder, FactorisedVideoEncoder):
@@ -262,9 +273,15 @@ def test_what_does_not_fit_is_refused(make: Callable[..., Encoder]) -> None:
     tubelets = TubeletEmbedding(WIDTH, 4, 2, in_channels=2)
     with pytest.raises(CombinationError, match="TubeletEmbedding is a class, not an instance"):
         make(TubeletEmbedding, SIZE, 1, mixer, CLASSES)
-    with pytest.raises(ArgumentError, match=r"clip_size must be \(frames, height, width\); got \(12, 12\)"):
+    with pytest.raises(CombinationError, match=r"tubelets must make .* 3 axes; PatchEmbedding does not. .*TubeletEmb"):
+        make(PatchEmbedding(WIDTH, 4), SIZE, 1, mixer, CLASSES)
+    with pytest.raises(ArgumentError, match="tubelets must be what makes tokens .* got None"):
+        make(None, SIZE, 1, mixer, CLASSES)
+    with pytest.raises(ArgumentError, match=r"clip_size must be \(frames, height, width\) .* got \(12, 12\)"):
         make(tubelets, (12, 12), 1, mixer, CLASSES)
-    with pytest.raises(ArgumentError, match="clip_size must be a tuple of whole numbers; got 12"):
+    with pytest.raises(
+        ArgumentError, match=r"clip_size must be \(frames, height, width\) in positive whole numbers; got 12"
+    ):
         make(tubelets, 12, 1, mixer, CLASSES)
     with pytest.raises(ArgumentError, match="number of frames must be a multiple of 2, .* got 5. Choose 4 or 6"):
         make(tubelets, (5, 12, 12), 1, mixer, CLASSES)
@@ -274,6 +291,8 @@ def test_what_does_not_fit_is_refused(make: Callable[..., Encoder]) -> None:
         make(tubelets, SIZE, 1, lambda: SelfAttention(WIDTH, HEADS), CLASSES)
     with pytest.raises(UnknownNameError, match="unknown pool 'max'. Nearest: mean|unknown pool 'max'. Known"):
         make(tubelets, SIZE, 1, mixer, CLASSES, pool="max")
+    with pytest.raises(UnknownNameError, match="unknown pool None. Known: class, mean"):
+        make(tubelets, SIZE, 1, mixer, CLASSES, pool=None)
     with pytest.raises(ArgumentError, match=r"num_(temporal_)?layers must be positive; got 0"):
         make(tubelets, SIZE, 0, mixer, CLASSES)
     with pytest.raises(ArgumentError, match="num_classes must be positive; got 0"):

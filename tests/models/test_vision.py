@@ -11,6 +11,7 @@ from transformer_problems.models.vision import Pool, VisionTransformer
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.position.alibi import ALiBi
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
+from transformer_problems.solutions.tokens.tubelet_embedding import TubeletEmbedding
 from transformer_problems.solutions.training.checkpointing import checkpoint_layers
 
 WIDTH, HEADS, LAYERS, CLASSES = 16, 4, 2, 5
@@ -205,6 +206,34 @@ def test_what_does_not_fit_is_refused() -> None:
     patches = PatchEmbedding(WIDTH, 4)
     with pytest.raises(CombinationError, match="PatchEmbedding is a class, not an instance"):
         VisionTransformer(PatchEmbedding, (8, 8), 1, mixer, CLASSES)  # type: ignore[arg-type]
+    for size in (8, (8,), (8, 8, 3), "8", None, (8.0, 8), (0, 8)):
+        with pytest.raises(ArgumentError, match=r"image_size must be \(height, width\) in positive whole numbers; got"):
+            VisionTransformer(patches, size, 1, mixer, CLASSES)  # type: ignore[arg-type]
+    for part in (64, None, nn.Conv2d(3, 8, 4, 4)):
+        with pytest.raises(ArgumentError, match="patches must be what makes tokens and says .*; got .*PatchEmbedding"):
+            VisionTransformer(part, (8, 8), 1, mixer, CLASSES)  # type: ignore[arg-type]
+    with pytest.raises(CombinationError, match="patches must make .* 2 axes; TubeletEmbedding does not. .*PatchEmb"):
+        VisionTransformer(TubeletEmbedding(WIDTH, 4, 2), (8, 8), 1, mixer, CLASSES)  # type: ignore[arg-type]
+    for factory, said in (
+        (None, "mixer must be a function that makes a layer's mixer; got None"),
+        (mixer(), r"got the SelfAttention itself, which all layers would share. Pass mixer=lambda: SelfAttention\("),
+        (SelfAttention, r"must be callable without arguments; SelfAttention is not: missing .*lambda: SelfAttention\("),
+        (lambda: None, "mixer must be a token mixer, which says is_causal; got None"),
+        (lambda: nn.Linear(WIDTH, WIDTH), "mixer must be a token mixer, which says is_causal; got Linear"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            VisionTransformer(patches, (8, 8), 1, factory, CLASSES)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="skips must say what a layer reads of earlier ones; got 3"):
+        VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, skips=3)  # type: ignore[arg-type]
+    for pool in (None, 3, ["class"]):
+        with pytest.raises(UnknownNameError, match=r"unknown pool .* Known: class, mean, attention"):
+            VisionTransformer(patches, (8, 8), 1, mixer, CLASSES, pool=pool)  # type: ignore[arg-type]
+    model = VisionTransformer(patches, (8, 8), 1, mixer, CLASSES)
+    for tokens in (torch.zeros(4, WIDTH), torch.zeros(1, 4, WIDTH + 1)):
+        with pytest.raises(ArgumentError, match=r"tokens must be \[B, n, 16\]; got \["):
+            model.encode(tokens)
+    with pytest.raises(ArgumentError, match=r"places must be \[4\] or \[1, 4\], one for each token; got \[3\]"):
+        model.encode(torch.zeros(1, 4, WIDTH), places=torch.arange(3))
     with pytest.raises(ArgumentError, match="height must be filled by patches of 4 pixels, 4 apart; got 10"):
         VisionTransformer(patches, (10, 8), 1, mixer, CLASSES)
     with pytest.raises(CombinationError, match="is built for embed_dim=16, but its place here has embed_dim=32"):

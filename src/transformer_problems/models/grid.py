@@ -43,7 +43,6 @@ class GridPatches(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_built_for(patches)
         self.patches = patches
         self.norm = nn.LayerNorm(patches.embed_dim, device=device, dtype=dtype)
 
@@ -64,6 +63,9 @@ class GridBlock(nn.Module):
     Shape:
         x: [B, *grid, C]; output: as x.
 
+    Raises:
+        CombinationError: If the mixer is a class, or built for another width.
+
     Source:
         Liu et al. 2021, arXiv:2103.14030, equation 3.
     """
@@ -78,6 +80,7 @@ class GridBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_built_for(mixer, embed_dim=embed_dim)
         self.mixer_residual = PreNorm(embed_dim, device=device, dtype=dtype)
         self.mixer = mixer
         self.feed_forward_residual = PreNorm(embed_dim, device=device, dtype=dtype)

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_on_grid, shown
 from transformer_problems.models.grid import GridBlock, GridPatches, GridStage
-from transformer_problems.solutions.attention.spatial_reduction import SpatialReductionAttention
+from transformer_problems.solutions.attention.spatial_reduction import (
+    SpatialReductionAttention,
+    require_one_coarsening,
+)
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 
 
@@ -28,7 +32,8 @@ class PyramidStage:
         pooled_size: P: it attends to P x P tokens in all, in place of a reduction. Default none.
 
     Raises:
-        ArgumentError: If a size is not positive, or the heads do not divide the width.
+        ArgumentError: If a size is not positive, the heads do not divide the width, or there are both a reduction and
+            a pooled size.
     """
 
     embed_dim: int
@@ -41,7 +46,8 @@ class PyramidStage:
 
     def __post_init__(self) -> None:
         require_multiple("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        require_positive_int(depth=self.depth, reduction=self.reduction, stride=self.stride, expansion=self.expansion)
+        require_positive_int(depth=self.depth, stride=self.stride, expansion=self.expansion)
+        require_one_coarsening(self.reduction, self.pooled_size)
 
 
 class PyramidTransformer(nn.Module):
@@ -85,9 +91,10 @@ class PyramidTransformer(nn.Module):
     ) -> None:
         super().__init__()
         require_positive_int(num_classes=num_classes, in_channels=in_channels)
-        if not stages:
+        if not isinstance(stages, tuple | list) or not stages or not all(isinstance(s, PyramidStage) for s in stages):
+            got = shown(stages) if stages != () else "none"
             raise ArgumentError(
-                "stages must be one PyramidStage or more; got none. Pass e.g. (PyramidStage(32, 2, 1),)."
+                f"stages must be a tuple of one PyramidStage or more; got {got}. Pass e.g. (PyramidStage(32, 2, 1),)."
             )
         self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
         for stage in stages:
@@ -119,6 +126,9 @@ class ConvolutionFeedForward(nn.Module):
     Shape:
         x: [B, rows, columns, C]; output: as x.
 
+    Raises:
+        ArgumentError: If a size is not positive, or x is no such grid of tokens.
+
     Source:
         Wang et al. 2021, arXiv:2106.13797, section 3.
     """
@@ -132,12 +142,14 @@ class ConvolutionFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        inner = expansion * embed_dim
+        require_positive_int(embed_dim=embed_dim, expansion=expansion)
+        self.embed_dim, inner = embed_dim, expansion * embed_dim
         self.up = nn.Linear(embed_dim, inner, device=device, dtype=dtype)
         self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, device=device, dtype=dtype)
         self.down = nn.Linear(inner, embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_on_grid(x, f"[B, rows, columns, {self.embed_dim}]", embed_dim=self.embed_dim, num_axes=2)
         mixed = self.depthwise(self.up(x).movedim(-1, 1)).movedim(1, -1)
         y: Tensor = self.down(nn.functional.gelu(mixed))
         return y

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int, require_whole_numbers
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.fit import check_dtype_fit, check_embedding_fit
 from transformer_problems.models.grid import GridBlock, GridEmbedding, GridPatches, GridStage
 from transformer_problems.solutions.attention.shifted_windows import ShiftedWindowAttention
 from transformer_problems.solutions.tokens.patch_merging import PatchMerging
@@ -21,6 +22,8 @@ class SwinTransformer(nn.Module):
 
     With a TubeletEmbedding and windows of three axes it classifies clips [B, C_in, T, H, W]; frames do not merge.
 
+    `device` and `dtype`, where given, are those of the whole model: parts that are passed in are converted too.
+
     Args:
         patches: Makes tokens of images, e.g. PatchEmbedding; says the width C of the first stage.
         window_size: Tokens along each axis of a window.
@@ -32,9 +35,9 @@ class SwinTransformer(nn.Module):
         images: [B, C_in, *sizes]; output: logits [B, K].
 
     Raises:
-        CombinationError: If `patches` is a class in place of an instance.
+        CombinationError: If `patches` is a class in place of an instance, or makes grids of other axes than windows.
         ArgumentError: If a size is not positive, there are not as many depths as heads, heads do not divide a width,
-            or the grid of an image has other axes than windows.
+            `patches` makes no tokens, or an image does not fit it.
 
     Source:
         Liu et al. 2021, arXiv:2103.14030, sections 3.1 and 3.3; clips: Liu et al. 2021, arXiv:2106.13230, section 3.1.
@@ -59,7 +62,8 @@ class SwinTransformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_whole_numbers(depths=depths, num_heads=num_heads)
+        require_whole_numbers(window_size=window_size, depths=depths, num_heads=num_heads)
+        check_embedding_fit("patches", patches, window_size)
         require_positive_int(num_classes=num_classes)
         if not depths or len(depths) != len(num_heads):
             raise ArgumentError(
@@ -85,6 +89,8 @@ class SwinTransformer(nn.Module):
         self.embed_dim = width // 2
         self.norm = nn.LayerNorm(self.embed_dim, device=device, dtype=dtype)
         self.head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
+        self.to(device=device, dtype=dtype)
+        check_dtype_fit(self.head.weight, (patches,))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images).flatten(1, -2).mean(dim=1))

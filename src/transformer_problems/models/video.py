@@ -5,9 +5,9 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive_int, require_whole_numbers
-from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.arguments import require_positive_int, require_sizes
+from transformer_problems.core.errors import UnknownNameError
+from transformer_problems.core.fit import check_dtype_fit, check_embedding_fit
 from transformer_problems.core.slots import token_positions
 from transformer_problems.models.stack import MixerFactory, stack_layers
 from transformer_problems.solutions.position.learned_grid import LearnedGridPositions
@@ -37,6 +37,8 @@ class JointVideoEncoder(nn.Module):
     Attention over all steps and places costs (steps * places)^2. Clips of any length and size that the embedding takes
     may follow: positions are interpolated.
 
+    `device` and `dtype`, where given, are those of the whole model: parts that are passed in are converted too.
+
     Args:
         tubelets: Makes tokens of clips, e.g. TubeletEmbedding; says the model's width C.
         clip_size: Frames, height and width of clips for whose grid positions are learned.
@@ -49,8 +51,10 @@ class JointVideoEncoder(nn.Module):
         clips: [B, C_in, T, H, W]; output: logits [B, K].
 
     Raises:
-        CombinationError: If a mixer's causality or width does not fit.
-        ArgumentError: If a size is not positive, there is no such pool, or a clip does not fit the embedding.
+        CombinationError: If a mixer's causality or width, or an embedding of images, does not fit.
+        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or a clip
+            does not fit the embedding.
+        UnknownNameError: If there is no such pool.
 
     Source:
         Arnab et al. 2021, arXiv:2103.15691, section 3.3, model 1.
@@ -77,6 +81,8 @@ class JointVideoEncoder(nn.Module):
         self.time = LearnedGridPositions(self.tokens.num_steps, 1, width, device=device, dtype=dtype)
         self.encoder = _PoolingEncoder(width, num_layers, mixer, pool, device=device, dtype=dtype)
         self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+        self.to(device=device, dtype=dtype)
+        check_dtype_fit(self.head.weight, (tubelets, *self.encoder.mixers))
 
     def forward(self, clips: Tensor) -> Tensor:
         tokens = self.tokens(clips)  # [B, steps, places, C]
@@ -93,6 +99,8 @@ class FactorisedVideoEncoder(nn.Module):
     place of (steps * places)^2, but what moved where is only compared between whole steps. Clips of any length and
     size that the embedding takes may follow: positions are interpolated.
 
+    `device` and `dtype`, where given, are those of the whole model: parts that are passed in are converted too.
+
     Args:
         tubelets: Makes tokens of clips, e.g. TubeletEmbedding; says the model's width C.
         clip_size: Frames, height and width of clips for whose grid positions are learned.
@@ -106,8 +114,10 @@ class FactorisedVideoEncoder(nn.Module):
         clips: [B, C_in, T, H, W]; output: logits [B, K].
 
     Raises:
-        CombinationError: If a mixer's causality or width does not fit.
-        ArgumentError: If a size is not positive, there is no such pool, or a clip does not fit the embedding.
+        CombinationError: If a mixer's causality or width, or an embedding of images, does not fit.
+        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or a clip
+            does not fit the embedding.
+        UnknownNameError: If there is no such pool.
 
     Source:
         Arnab et al. 2021, arXiv:2103.15691, section 3.3, model 2. As in the authors' code, each encoder adds positions
@@ -145,6 +155,8 @@ class FactorisedVideoEncoder(nn.Module):
         self.time = LearnedGridPositions(self.tokens.num_steps, 1, width, device=device, dtype=dtype)
         self.temporal = _PoolingEncoder(width, num_temporal_layers, mixer, pool, device=device, dtype=dtype)
         self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
+        self.to(device=device, dtype=dtype)
+        check_dtype_fit(self.head.weight, (tubelets, *self.spatial.mixers, *self.temporal.mixers))
 
     def forward(self, clips: Tensor) -> Tensor:
         tokens = self.tokens(clips)  # [B, steps, places, C]
@@ -165,12 +177,8 @@ class _PlacedTubelets(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_built_for(tubelets)
-        require_whole_numbers(clip_size=clip_size)
-        if len(clip_size) != 3:
-            raise ArgumentError(
-                f"clip_size must be (frames, height, width); got {clip_size}. Choose e.g. (16, 32, 32)."
-            )
+        require_sizes("clip_size", clip_size, ("frames", "height", "width"))
+        check_embedding_fit("tubelets", tubelets, clip_size)
         self.num_steps, rows, columns = tubelets.grid(*clip_size)
         self.tubelets = tubelets
         self.positions = LearnedGridPositions(rows, columns, tubelets.embed_dim, device=device, dtype=dtype)
@@ -198,13 +206,17 @@ class _PoolingEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if pool not in get_args(ClipPool):
-            raise UnknownNameError("pool", str(pool), get_args(ClipPool))
+            raise UnknownNameError("pool", pool, get_args(ClipPool))
         self.class_token = None
         if pool == "class":
             self.class_token = nn.Parameter(torch.empty(embed_dim, device=device, dtype=dtype))
             nn.init.normal_(self.class_token, std=0.02)
         self.blocks = stack_layers(embed_dim, num_layers, mixer, is_causal=False, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+
+    @property
+    def mixers(self) -> list[object]:
+        return [block.mixer for block in self.blocks]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.class_token is not None:

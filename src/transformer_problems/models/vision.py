@@ -6,9 +6,10 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_positive_int, require_sizes
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.core.fit import check_built_for
+from transformer_problems.core.fit import check_dtype_fit, check_embedding_fit, check_skips_fit
+from transformer_problems.core.inputs import check_floating
 from transformer_problems.core.slots import LongSkips, token_positions
 from transformer_problems.models.block import ResidualFactory
 from transformer_problems.models.stack import MixerFactory, stack_layers
@@ -41,6 +42,8 @@ class VisionTransformer(nn.Module):
     of its own, which can learn from a teacher (see `token_distillation_loss`); the model's answer is then the mean of
     both heads' probabilities, given as logarithms.
 
+    `device` and `dtype`, where given, are those of the whole model: parts that are passed in are converted too.
+
     Args:
         patches: Makes tokens of images, e.g. PatchEmbedding; says the model's width.
         image_size: Height and width of images, in pixels, for whose grid positions are learned.
@@ -57,8 +60,10 @@ class VisionTransformer(nn.Module):
         images: [B, C_in, H, W]; output: logits [B, K].
 
     Raises:
-        CombinationError: If a mixer's causality or width, or the long skips, do not fit.
-        ArgumentError: If a size is not positive, there is no such pool, or an image does not fit the embedding.
+        CombinationError: If a mixer's causality or width, the long skips, or an embedding of clips do not fit.
+        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or an
+            image does not fit the embedding.
+        UnknownNameError: If there is no such pool.
 
     Source:
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1; two class tokens: Touvron et al. 2020,
@@ -88,7 +93,8 @@ class VisionTransformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_built_for(patches)
+        require_sizes("image_size", image_size, ("height", "width"))
+        check_embedding_fit("patches", patches, image_size)
         require_positive_int(num_classes=num_classes, num_class_tokens=num_class_tokens)
         if pool not in get_args(Pool):
             raise UnknownNameError("pool", pool, get_args(Pool))
@@ -109,13 +115,15 @@ class VisionTransformer(nn.Module):
         self.blocks = stack_layers(
             width, num_layers, mixer, is_causal=False, residual=residual, device=device, dtype=dtype
         )
-        check_built_for(skips, num_layers=num_layers, embed_dim=width)
+        check_skips_fit(skips, num_layers=num_layers, embed_dim=width)
         self.skips = skips
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
         self.score = score  # part of the head to whoever goes by the order of a model's modules
         self.head = nn.ModuleList(
             nn.Linear(width, num_classes, device=device, dtype=dtype) for _ in range(num_class_tokens)
         )
+        self.to(device=device, dtype=dtype)
+        check_dtype_fit(self.norm.weight, (patches, *(block.mixer for block in self.blocks)))
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.logits_of_heads(images)
@@ -134,8 +142,8 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens of the patches with their positions, [B, N, C]."""
-        height, width = images.shape[-2:]
-        x: Tensor = self.positions(self.patches(images), self.patches.grid(height, width))
+        tokens = self.patches(images)  # first, as it refuses what are no images
+        x: Tensor = self.positions(tokens, self.patches.grid(*images.shape[-2:]))
         return x
 
     def encode(self, tokens: Tensor, *, places: Tensor | None = None) -> Tensor:
@@ -147,9 +155,23 @@ class VisionTransformer(nn.Module):
 
         Shape:
             tokens: [B, n, C]; places: [n] or [B, n]; output: [B, T + n, C].
+
+        Raises:
+            ArgumentError: If the tokens have another shape or dtype, or there is not one place for each.
         """
+        check_floating("tokens", tokens)
+        if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
+            raise ArgumentError(
+                f"tokens must be [B, n, {self.embed_dim}]; got {list(tokens.shape)}. Give those of one image as "
+                "tokens[None]."
+            )
         if places is None:
             places = token_positions(tokens.shape[1], tokens.device)
+        elif places.shape not in (tokens.shape[:2], tokens.shape[1:2]):
+            raise ArgumentError(
+                f"places must be {list(tokens.shape[1:2])} or {list(tokens.shape[:2])}, one for each token; got "
+                f"{list(places.shape)}. Leave it out if these are all of an image's patches."
+            )
         if self.class_tokens is not None:
             tokens = torch.cat([self.class_tokens.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             first = token_positions(self.num_class_tokens, tokens.device)
