@@ -166,7 +166,9 @@ def test_public_names_resolve() -> None:
         _ = transformer_problems.Nonsense
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["show", "01"], ["--help"], ["measure", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "--json"], ["show", "01"], ["show", "swin"], ["--help"], ["measure", "--help"]]
+)
 def test_catalogue_commands_do_not_import_torch(arguments: list[str]) -> None:
     program = (
         "import sys; from transformer_problems.cli import main\n"

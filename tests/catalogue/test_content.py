@@ -245,3 +245,20 @@ def test_reading_the_catalogue_does_not_import_torch() -> None:
 def test_where_nothing_is_near_a_command_lists_the_many_names() -> None:
     with pytest.raises(UnknownNameError, match="unknown solution 'xyz'. See `transformer-problems list`.$"):
         CATALOGUE.solution("xyz")
+
+
+@pytest.mark.parametrize(
+    "name", ["hierarchical-vit", "Hierarchical ViT", "hierarchical vision transformers", "  SWIN "]
+)
+def test_a_solution_is_found_by_every_name_it_goes_by(name: str) -> None:
+    assert CATALOGUE.solution(name).slug == ("swin" if "swin" in name.lower() else "hierarchical-vit")
+
+
+def test_every_name_leads_to_its_own_solution_and_no_problem_has_it() -> None:
+    for treatment in CATALOGUE.treatments:
+        for name in (treatment.name, treatment.solution.name, treatment.solution.slug):
+            assert CATALOGUE.solution(name) == treatment.solution
+            with pytest.raises(UnknownNameError):
+                CATALOGUE.problem(name)
+    shown = [treatment for solution in CATALOGUE.solutions for treatment in CATALOGUE.pairs_of(solution)]
+    assert sorted(shown, key=lambda t: t.key) == sorted(CATALOGUE.treatments, key=lambda t: t.key)

@@ -10,12 +10,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from transformer_problems.catalogue import load_catalogue
 
 PROGRAM = [sys.executable, "-c", "from transformer_problems.cli import main; main()"]
 
@@ -116,6 +119,34 @@ def test_list_and_show_tell_what_is_planned() -> None:
     assert "Performer" in shown
     assert "arXiv:2009.14794" in shown
     assert run("show", "1").stdout == shown == run("show", "01").stdout
+
+
+@pytest.mark.parametrize("name", ["swin", "Swin", "SWIN", " swin "])
+def test_show_explains_a_solution_of_any_spelling(name: str) -> None:
+    shown = run("show", name).stdout
+    assert shown.startswith("Swin   (attention)\n")
+    for pair in load_catalogue().pairs_of(load_catalogue().solution("swin")):
+        assert f"\n{pair.problem.number:02d}  {pair.problem.title} ({pair.verdict})\n" in shown
+    assert shown.count("choose it when") == 2
+    assert "\n  models.swin:SwinTransformer\n" in shown
+    assert "arXiv:2103.14030" in shown and "arXiv:2106.13230" in shown
+
+
+def test_an_example_that_is_shown_can_be_copied_and_run() -> None:
+    environment = {"COLUMNS": "40"}
+    command = [*PROGRAM, "show", "hierarchical vision transformers"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=True).stdout
+    code = textwrap.dedent(shown.partition("\nExample\n")[2].partition("\nReferences\n")[0])
+    assert code.strip() == load_catalogue().solution("hierarchical-vit").example
+    found: dict[str, torch.Tensor] = {}
+    exec(code, found)
+    assert found["logits"].shape == (2, 10)
+
+
+def test_what_is_neither_problem_nor_solution_lists_the_nearest_of_both() -> None:
+    assert "unknown problem or solution 'swim'. Nearest: swin" in refused("show", "swim")
+    assert "no_positional_awareness" in refused("show", "positional_awarenes")
+    assert "See `transformer-problems list`" in refused("show", "xyzzyqq")
 
 
 def test_measure_leaves_what_it_promises(measured: Path) -> None:

@@ -183,18 +183,31 @@ class Catalogue:
                 return problem
         raise UnknownNameError("problem", str(name), [n for p in self.problems for n in (f"{p.number:02d}", p.slug)])
 
-    def solution(self, slug: str) -> Solution:
-        """The solution of a slug.
+    def solution(self, name: str) -> Solution:
+        """The solution of a slug or name, its own or the one that it has under a problem, in any case.
 
         Raises:
             UnknownNameError: If there is none; the message lists the nearest.
         """
+        wanted = _plain(name)
         for solution in self.solutions:
-            if solution.slug == slug.strip().lower():
+            if wanted in (solution.slug, _plain(solution.name)):
                 return solution
-        raise UnknownNameError("solution", slug, [solution.slug for solution in self.solutions])
+        for treatment in self.treatments:
+            if wanted == _plain(treatment.name):
+                return treatment.solution
+        raise UnknownNameError("solution", name, [solution.slug for solution in self.solutions])
 
     def pairs(self, problem: Problem | int | str) -> tuple[Treatment, ...]:
         """The treatments of a problem, in the order in which they are shown."""
         found = problem if isinstance(problem, Problem) else self.problem(problem)
         return tuple(treatment for treatment in self.treatments if treatment.problem == found)
+
+    def pairs_of(self, solution: Solution) -> tuple[Treatment, ...]:
+        """The treatments that are this solution, in the order of their problems."""
+        return tuple(treatment for treatment in self.treatments if treatment.solution == solution)
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared: "Relative PE", "relative_pe" and "relative-pe" are one."""
+    return "-".join(name.lower().replace("_", " ").replace("-", " ").split())

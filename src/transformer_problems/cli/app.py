@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from transformer_problems import __version__
-from transformer_problems.catalogue import load_catalogue
+from transformer_problems.catalogue import Problem, load_catalogue
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -69,12 +69,20 @@ def list_problems(
 
 
 @app.command()
-def show(problem: Annotated[str, typer.Argument(help="Number (01) or slug (quadratic_complexity).")]) -> None:
-    """Explain one problem: what goes wrong, why, how it is measured, and what each solution does."""
-    from transformer_problems.cli.tables import named_problem, show_problem
+def show(
+    name: Annotated[
+        str, typer.Argument(help="A problem's number (01) or slug (quadratic_complexity), or a solution's name (swin).")
+    ],
+) -> None:
+    """Explain one problem and what each solution does, or one solution and what it does for each problem."""
+    from transformer_problems.cli.tables import named_entry, show_problem, show_solution
 
     catalogue = load_catalogue()
-    show_problem(catalogue, named_problem(catalogue, problem))
+    entry = named_entry(catalogue, name)
+    if isinstance(entry, Problem):
+        show_problem(catalogue, entry)
+    else:
+        show_solution(catalogue, entry)
 
 
 @app.command()

@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from transformer_problems.catalogue import Catalogue, Problem, Treatment
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.catalogue import Catalogue, Problem, Solution, Treatment
+from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.records import Interval
 from transformer_problems.core.summaries import Column, ProblemSummary
 from transformer_problems.report.formatting import format_interval, format_verdict
@@ -31,6 +31,23 @@ def named_problem(catalogue: Catalogue, name: str) -> Problem:
         first, last = catalogue.problems[0].number, catalogue.problems[-1].number
         raise ArgumentError(f"unknown problem {name!r}. Numbers go from {first:02d} to {last:02d}.")
     return catalogue.problem(name)
+
+
+def named_entry(catalogue: Catalogue, name: str) -> Problem | Solution:
+    """The problem that a user means by a number or slug, or the solution by a slug or name.
+
+    Raises:
+        ArgumentError: If there is neither; the message lists the nearest of both.
+    """
+    if name.strip().isdigit():
+        return named_problem(catalogue, name)
+    for find in (catalogue.problem, catalogue.solution):
+        try:
+            return find(name)
+        except UnknownNameError:
+            continue
+    known = [entry.slug for entry in (*catalogue.problems, *catalogue.solutions)]
+    raise UnknownNameError("problem or solution", name, known)
 
 
 def problems_as_json(catalogue: Catalogue) -> list[dict[str, object]]:
@@ -69,7 +86,10 @@ def catalogue_table(catalogue: Catalogue) -> None:
         f"\n{len(catalogue.treatments)} pairs of problem and solution: {measured} measured, {planned} planned"
     )
     console.print(Text("   ").join(Text(mark + word, style=_STYLES[word][0]) for word, mark in words))
-    console.print("Read one: transformer-problems show 01      Measure: transformer-problems measure 01", style="dim")
+    console.print(
+        "Read one: transformer-problems show 01, or show swin      Measure: transformer-problems measure 01",
+        style="dim",
+    )
 
 
 def show_problem(catalogue: Catalogue, problem: Problem) -> None:
@@ -87,16 +107,49 @@ def show_problem(catalogue: Catalogue, problem: Problem) -> None:
         console.print(heading, style="bold")
         console.print(Padding(text, (0, 0, 1, 2)))
     for pair in catalogue.pairs(problem):
-        console.print(_named_verdict(pair), style="bold")
+        console.print(_named_verdict(pair, pair.name), style="bold")
         console.print(Padding(pair.solution.how, (0, 0, 0, 2)))
-        for label, text in {"gives:": pair.claim, "costs:": pair.cost, "choose it": pair.choose}.items():
-            console.print(Padding(f"{label} {text}", (0, 0, 0, 2)))
-        if pair.criterion.text != problem.criterion.text:
-            console.print(Padding(f"what decides here: {pair.criterion.text}", (0, 0, 0, 2)))
-        if pair.outcome is not None:
-            console.print(Padding(f"measured: {pair.outcome.gain}; {pair.outcome.cost}", (0, 0, 0, 2)))
+        _print_claims(console, pair)
         sources = "; ".join(f"{r.authors} {r.year}, {r.id}" for r in pair.solution.references)
         console.print(Padding(f"source: {sources}", (0, 0, 1, 2)), style="dim")
+
+
+def show_solution(catalogue: Catalogue, solution: Solution) -> None:
+    """Print one solution's page: what it is, what it does for each problem, and how it is used."""
+    console = Console()
+    console.print(solution.name, style="bold", end="")
+    console.print(f"   ({solution.role})", style="dim")
+    console.print(f"{solution.how}\n")
+    pairs = catalogue.pairs_of(solution)
+    for pair in pairs:
+        console.print(_named_verdict(pair, f"{pair.problem.number:02d}  {pair.problem.title}"), style="bold")
+        _print_claims(console, pair)
+        console.print()
+    _print_code(console, "Code", "\n".join(dict.fromkeys(path for pair in pairs for path in pair.code)))
+    for example in dict.fromkeys(pair.example for pair in pairs):
+        _print_code(console, "Example", example)
+    console.print("References", style="bold")
+    for source in solution.references:
+        console.print(Padding(f"{source.authors} {source.year}, {source.title}, {source.id}", (0, 0, 0, 2)))
+
+
+def _print_claims(console: Console, pair: Treatment) -> None:
+    """What a solution promises, costs and was measured to do for a problem."""
+    for label, text in {"gives:": pair.claim, "costs:": pair.cost, "choose it": pair.choose}.items():
+        console.print(Padding(f"{label} {text}", (0, 0, 0, 2)))
+    if pair.criterion.text != pair.problem.criterion.text:
+        console.print(Padding(f"what decides here: {pair.criterion.text}", (0, 0, 0, 2)))
+    if pair.outcome is not None:
+        console.print(Padding(f"measured: {pair.outcome.gain}; {pair.outcome.cost}", (0, 0, 0, 2)))
+
+
+def _print_code(console: Console, heading: str, code: str) -> None:
+    """Lines of code as they stand, to be copied, under their heading; nothing where there are none."""
+    if code:
+        console.print(heading, style="bold")
+        for line in code.splitlines():
+            console.print(Text(f"  {line}" if line else ""), soft_wrap=True)
+        console.print()
 
 
 def measured_table(problem: Problem, summary: ProblemSummary) -> None:
@@ -140,9 +193,9 @@ def _measured_table(summary: ProblemSummary, columns: Sequence[Column], with_bou
     return table
 
 
-def _named_verdict(pair: Treatment) -> Text:
+def _named_verdict(pair: Treatment, name: str) -> Text:
     word = pair.verdict or pair.status
-    return Text.assemble(pair.name, " (", (word, _STYLES[word][0]), ")")
+    return Text.assemble(name, " (", (word, _STYLES[word][0]), ")")
 
 
 def _marked(pair: Treatment) -> Text:

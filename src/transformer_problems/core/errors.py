@@ -49,7 +49,7 @@ class UnknownNameError(ArgumentError):
         self.nearest = get_close_matches(wanted.lower(), names, n=3, cutoff=0.4) or holding[:3]
         if self.nearest:
             hint = f"Nearest: {', '.join(self.nearest)}."
-        elif len(names) > _FEW and kind in ("problem", "solution"):
+        elif len(names) > _FEW and kind in ("problem", "solution", "problem or solution"):
             hint = "See `transformer-problems list`."
         else:
             hint = f"Known: {', '.join(names[:_FEW])}{', ...' if len(names) > _FEW else '.'}"
