@@ -1,6 +1,6 @@
 """What the commands print: the catalogue, one problem, and what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.padding import Padding
@@ -41,7 +41,8 @@ def named_entry(catalogue: Catalogue, name: str) -> Problem | Solution:
     """
     if name.strip().isdigit():
         return named_problem(catalogue, name)
-    for find in (catalogue.problem, catalogue.solution):
+    finders: tuple[Callable[[str], Problem | Solution], ...] = (catalogue.problem, catalogue.solution)
+    for find in finders:
         try:
             return find(name)
         except UnknownNameError:
