@@ -1,0 +1,1 @@
+"""Ways to tell what an answer rests on, and measures of how far to trust them."""

@@ -1,0 +1,85 @@
+"""What is done to a model while it is read, and undone afterwards; where its logits are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.core.errors import ArgumentError, CombinationError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation; afterwards each is as it was."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True  # not train(), which would reach the parts below, evaluating before or not
+
+
+@contextmanager
+def embedding_gives(embedding: nn.Module, values: Tensor | None) -> Iterator[None]:
+    """Inside, the embedding layer gives these values [B, N, C], whatever its tokens; None leaves it alone.
+
+    Raises:
+        CombinationError: If the model does not call it exactly once.
+    """
+    if values is None:
+        yield
+        return
+    num_calls = 0
+
+    def replace(*_: object) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return values
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if num_calls != 1:
+        raise CombinationError(
+            f"a model must embed its tokens once to be explained by gradients; this one did {num_calls} times. Write "
+            "its own Readable."
+        )
+
+
+def embedded(embedding: nn.Module, tokens: Tensor) -> Tensor:
+    """What an embedding layer gives, without gradient history, [B, N, C]."""
+    with torch.no_grad():
+        x: Tensor = embedding(tokens)
+    return x
+
+
+def slope_of(value: Tensor, inputs: Tensor) -> Tensor | None:
+    """The gradient of a number with respect to inputs; None where it does not depend on them."""
+    return torch.autograd.grad(value, inputs, allow_unused=True)[0] if value.requires_grad else None
+
+
+def read_row(logits: Tensor, read_at: int, key_mask: Tensor | None) -> Tensor:
+    """The logits at one position of each sequence, [B, N, K] -> [B, K]."""
+    return logits[torch.arange(len(logits), device=logits.device), _positions(logits, read_at, key_mask)]
+
+
+def reading_of(tokens: Tensor, read_at: int, key_mask: Tensor | None) -> Tensor:
+    """All of the reading at one position of each sequence, [B, N]."""
+    return nn.functional.one_hot(_positions(tokens, read_at, key_mask), tokens.shape[1]).to(torch.get_default_dtype())
+
+
+def _positions(x: Tensor, read_at: int, key_mask: Tensor | None) -> Tensor:
+    """[B]; the last real token's where read_at is -1."""
+    num_sequences, num_tokens = x.shape[:2]
+    if read_at >= num_tokens:
+        raise ArgumentError(
+            f"read_at must be a position of the {num_tokens} tokens; got {read_at}. Choose at most {num_tokens - 1}."
+        )
+    if read_at >= 0 or key_mask is None:
+        return torch.full((num_sequences,), read_at % num_tokens, device=x.device)
+    places = torch.arange(num_tokens, device=x.device)
+    return (places * key_mask).amax(dim=1)
