@@ -1,0 +1,150 @@
+"""Heat maps: every text in its colour, nothing that breaks out, readable on light and dark pages."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from transformer_problems.core.errors import ArgumentError, OutputError
+from transformer_problems.solutions.interpretability.heat_map import heat_map_html, heat_map_png
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"onload="x',
+    "&amp;",
+    "$a_1^{",
+    "{curly}",
+    "\n",
+    "\t",
+    "",
+    " ",
+    "Ġnot",
+    "##ing",
+]
+
+
+class Spans(HTMLParser):
+    """The first paragraph of spans: their texts, grounds and titles; and every tag that occurs."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+        self.attributes: list[dict[str, str | None]] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self._inside = tag == "span" and "title" in dict(attrs)
+        if self._inside:
+            self.texts.append("")
+            self.attributes.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.texts[-1] += data
+
+
+def grounds(page: str) -> list[tuple[int, ...]]:
+    return [tuple(map(int, match)) for match in re.findall(r"rgba\((\d+), (\d+), (\d+), ", page)]
+
+
+def opacities(page: str) -> list[float]:
+    return [float(match) for match in re.findall(r"rgba\(\d+, \d+, \d+, ([\d.]+)\)", page)]
+
+
+def test_texts_come_back_as_they_were_and_none_becomes_a_tag() -> None:
+    page = heat_map_html(HOSTILE, torch.arange(11.0), title="<b>t</b>", meaning="<i>m</i> & {more}")
+    found = Spans(page)
+    assert found.texts == HOSTILE
+    assert found.tags == {"html", "head", "meta", "title", "style", "body", "p", "strong", "small", "span"}
+    assert [attributes["title"] for attributes in found.attributes] == [str(i) for i in range(11)]
+    assert all(set(attributes) == {"style", "title"} for attributes in found.attributes)
+    assert "&lt;i&gt;m&lt;/i&gt; &amp; {more}" in page
+
+
+def test_nothing_is_loaded_and_both_themes_are_there() -> None:
+    page = heat_map_html(["a"], [1.0])
+    assert not re.search(r"https?:|src=|url\(|@import|<link|<script", page)
+    assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
+
+
+def test_colours_tell_for_from_against_and_strength_is_the_share_of_the_strongest() -> None:
+    page = heat_map_html(["a", "b", "c", "d"], [2.0, -1.0, 0.0, 0.5])
+    orange, blue = (213, 94, 0), (0, 114, 178)
+    assert grounds(page)[:4] == [orange, blue, blue, orange]
+    assert opacities(page)[:4] == pytest.approx([0.55, 0.275, 0.0, 0.1375], abs=0.0006)  # three digits
+    assert "&nbsp;-2&nbsp;" in page and "&nbsp;2&nbsp;" in page
+    assert set(opacities(heat_map_html(["a", "b"], [0.0, 0.0]))[:2]) == {0.0}
+
+
+@pytest.mark.parametrize(("ink", "ground"), [("#1a1a1a", "#ffffff"), ("#ecebe6", "#1c1c1b")])
+def test_text_on_the_strongest_colours_is_readable_in_both_themes(ink: str, ground: str) -> None:
+    page = heat_map_html(["a", "b"], [1.0, -1.0])
+    assert f"--ink: {ink}; --ground: {ground}" in page
+
+    def luminance(colour: np.ndarray) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def of(text: str) -> np.ndarray:
+        return np.array([int(text[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+    for colour in grounds(page)[:2]:
+        behind = 0.55 * np.array(colour) / 255 + 0.45 * of(ground)
+        darker, lighter = sorted([luminance(behind), luminance(of(ink))])
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # WCAG 2.1, level AA
+
+
+def test_a_picture_holds_both_colours_and_grows_by_lines(tmp_path: Path) -> None:
+    heat_map_png(["good", " not"], [1.0, -1.0], tmp_path / "short.png")
+    short = imread(tmp_path / "short.png")
+    pixels = (short[..., :3] * 255).round().reshape(-1, 3)
+    for colour in ((213, 94, 0), (0, 114, 178)):
+        blended = 0.55 * np.array(colour) + 0.45 * 255
+        # the renderer rounds twice, hence two levels; each box is some hundred points
+        assert (np.abs(pixels - blended).max(axis=1) <= 2).sum() > 1000
+    heat_map_png(["word"] * 60, torch.linspace(-1, 1, 60), tmp_path / "long.png", title="t", meaning="What it means.")
+    tall = imread(tmp_path / "long.png")
+    assert tall.shape[1] == short.shape[1] and tall.shape[0] > short.shape[0]
+    edge = np.concatenate([tall[:, :4], tall[:, -4:]], axis=1)
+    assert (edge == 1).all(), "something runs off the page"
+
+
+def test_pictures_take_any_text_and_no_title(tmp_path: Path) -> None:
+    heat_map_png(HOSTILE, torch.zeros(11), tmp_path / "any.png", title="$x^{$", meaning="$y_{$")
+    heat_map_png(["a"], [0.0], str(tmp_path / "bare.png"), title="")
+    assert imread(tmp_path / "bare.png").shape[0] < imread(tmp_path / "any.png").shape[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "scores", "message"),
+    [
+        (["a", "b"], [1.0], r"scores must be one for each of 2 texts; got \[1\]"),
+        (["a", "b"], torch.ones(1, 2), r"scores must be one for each of 2 texts; got \[1, 2\]"),
+        ([], [], r"texts must be a sequence of one text a token; got \[\]"),
+        ("ab", [1.0, 2.0], "texts must be a sequence of one text a token; got 'ab'"),
+        (["a", 5], [1.0, 2.0], r"texts must be a sequence of one text a token; got \['a', 5\]"),
+        (["a", "b"], [1.0, float("nan")], "scores must be finite; got NaN or infinity"),
+    ],
+)
+def test_texts_and_scores_that_do_not_fit_are_refused(
+    texts: list[str], scores: list[float], message: str, tmp_path: Path
+) -> None:
+    for draw in (heat_map_html, lambda texts, scores: heat_map_png(texts, scores, tmp_path / "x.png")):
+        with pytest.raises(ArgumentError, match=message):
+            draw(texts, scores)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="path must be writable; got .*missing"):
+        heat_map_png(["a"], [1.0], tmp_path / "missing" / "x.png")
