@@ -7,13 +7,14 @@ import pkgutil
 import pytest
 
 from transformer_problems.checkpoints import bundled
-from transformer_problems.solutions import training
+from transformer_problems.solutions import interpretability, training
 
 MODULES = [
     bundled,
     *(
         importlib.import_module(found.name)
-        for found in pkgutil.iter_modules(training.__path__, f"{training.__name__}.")
+        for role in (interpretability, training)
+        for found in pkgutil.iter_modules(role.__path__, f"{role.__name__}.")
     ),
 ]
 EXAMPLES = [

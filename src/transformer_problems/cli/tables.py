@@ -47,7 +47,7 @@ def named_entry(catalogue: Catalogue, name: str) -> Problem | Solution:
             return find(name)
         except UnknownNameError:
             continue
-    known = [entry.slug for entry in (*catalogue.problems, *catalogue.solutions)]
+    known = [*(problem.slug for problem in catalogue.problems), *(solution.slug for solution in catalogue.solutions)]
     raise UnknownNameError("problem or solution", name, known)
 
 
