@@ -172,6 +172,7 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
         5: ("accuracy", 20.0, "higher", "difference", 0.02),
         6: ("label_efficiency", None, "higher", "difference", 0.02),
         7: ("peak_memory_bytes", "last", "lower", "ratio", 0.1),
+        8: ("seconds", "last", "lower", "ratio", 0.1),
         9: ("bits_per_byte", "last", "lower", "difference", 0.05),
         10: ("learning_rate_sensitivity", None, "lower", "ratio", 0.1),
         11: ("rank_one_distance", "last", "higher", "ratio", 0.1),
@@ -179,6 +180,7 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
         13: ("finetune_peak_bytes", "last", "lower", "ratio", 0.1),
         14: ("accuracy", 0.95, "higher", "difference", 0.02),
         16: ("flops", "last", "lower", "ratio", 0.1),
+        18: ("p95_s", None, "lower", "ratio", 0.1),
     }
     own = {pair.key: pair.criterion.metric for pair in PAIRS if pair.criterion != pair.problem.criterion}
     assert own == {
