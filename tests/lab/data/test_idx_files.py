@@ -26,7 +26,7 @@ def write(folder: Path, split: str, *, packed: bool = False, num_labels: int = 3
 @pytest.mark.parametrize(("split", "prefix"), [("train", "train"), ("test", "t10k")])
 def test_images_and_labels_are_those_of_the_files(split: str, prefix: str, packed: bool, tmp_path: Path) -> None:
     shares: list[float] = []
-    images = load_idx(write(tmp_path, prefix, packed=packed), split=split, progress=shares.append)
+    images = load_idx(str(write(tmp_path, prefix, packed=packed)), split=split, progress=shares.append)
     assert images.pixels.dtype == torch.uint8
     assert torch.equal(images.pixels, torch.arange(30, dtype=torch.uint8).view(3, 1, 2, 5))
     assert images.classes.tolist() == [4, 0, 4]

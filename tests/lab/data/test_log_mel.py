@@ -87,6 +87,15 @@ def test_silence_is_finite() -> None:
 def test_sounds_without_features_are_refused() -> None:
     with pytest.raises(ArgumentError, match="waveform must hold at least one sample; got none"):
         log_mel(torch.zeros(0), 8_000)
+    with pytest.raises(ArgumentError, match=r"floating point \[samples\] of one channel; got .* \[2, 400\]. Average"):
+        log_mel(torch.zeros(2, 400), 8_000)
+    with pytest.raises(ArgumentError, match=r"of one channel; got torch.int16 \[400\]. .* divide whole numbers"):
+        log_mel(torch.zeros(400, dtype=torch.int16), 8_000)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(
+            ArgumentError, match="must hold finite numbers; got 1 that are not, among 400 samples. Read"
+        ):
+            log_mel(torch.cat([torch.zeros(399), torch.tensor([bad])]), 8_000)
     with pytest.raises(ArgumentError, match=r"sample_rate must be high enough .* got 1000. Use recordings of 8000"):
         log_mel(torch.zeros(100), 1_000)
     with pytest.raises(ArgumentError, match="sample_rate must be positive; got 0"):

@@ -93,10 +93,20 @@ def test_no_single_frame_tells_the_speed() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="size must leave images of 8 pixels a side room to move; got 8. Choose 16"):
+    with pytest.raises(
+        ArgumentError, match="size must leave images of 8 pixels a side room to move; got 8. Choose 9 or"
+    ):
         moving_digits(TEST, 2, num_frames=4, size=8, generator=generator(0))
-    with pytest.raises(ArgumentError, match="size must leave images of 16 pixels .* got 12"):
+    with pytest.raises(ArgumentError, match="size must leave images of 16 pixels .* got 12. Choose 17 or"):
         moving_digits(upscaled(TEST, 16), 2, num_frames=4, size=12, generator=generator(0))
+    assert moving_digits(TEST, 2, num_frames=4, size=9, generator=generator(0)).pixels.shape[-1] == 9  # as advised
+    as_bytes = Images((255 * TEST.pixels).byte(), TEST.classes)
+    with pytest.raises(
+        ArgumentError, match=r"digits must be square images of floating point .* got torch.uint8 .* 255"
+    ):
+        moving_digits(as_bytes, 2, num_frames=4, size=16, generator=generator(0))
+    with pytest.raises(ArgumentError, match=r"digits must be square .* \[300, 1, 4, 8\]. Crop"):
+        moving_digits(Images(TEST.pixels[:, :, :4], TEST.classes), 2, num_frames=4, size=16, generator=generator(0))
     with pytest.raises(ArgumentError, match="num_frames must be 2 or more, for a speed to be seen; got 1"):
         moving_digits(TEST, 2, num_frames=1, size=16, generator=generator(0))
     with pytest.raises(ArgumentError, match="num_clips must be positive; got 0"):

@@ -55,6 +55,17 @@ def test_one_dimension_without_being_announced(tmp_path: Path) -> None:
         load_ts(write(tmp_path, "@classLabel true 1 2\n@data\n1,2,3:2\n4,5,6:7,8,9:1\n"))
 
 
+def test_tabs_are_spaces_and_words_behind_data_are_passed_over(tmp_path: Path) -> None:
+    text = (HEADER + CASES).replace("@dimensions 2", "@dimensions\t2").replace("true ah oh", "\ttrue\tah\toh")
+    text = text.replace("@data", "@data\tfollows").replace("7, 8:9,10:ah", "7,\t8:9,10\t:\tah")
+    found, expected = (
+        load_ts(str(write(tmp_path, text))),
+        load_ts(write(tmp_path, HEADER + CASES)),
+    )  # a path may be text
+    assert torch.equal(found.features, expected.features)
+    assert (found.class_names, found.classes.tolist()) == (expected.class_names, expected.classes.tolist())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -77,6 +88,10 @@ def test_one_dimension_without_being_announced(tmp_path: Path) -> None:
         ("2,-3e-1", "2", "in line 10 of .* its dimensions have from 2 to 3 values, not one number"),
         ("7, 8:9,10:ah", "7,8:ah", "in line 13 of .* it has 1 dimensions, not 2"),
         ("7, 8:9,10:ah", "ah", "in line 13 of .* it has 0 dimensions, not 2"),
+        ("@data", "@data\n@data", "in line 10 of .* the class '@data' is not among"),
+        ("@missing false", "@timeStamps true", "in line 4 of .* @timestamps comes a second time. Fetch or mend it"),
+        ("@missing false", "@classlabel true a", "in line 8 of .* @classlabel comes a second time"),
+        ("@classLabel true ah oh", "@classLabel true ah oh ah", "must name each class once; .* repeats 'ah'. Remove"),
         (CASES, "", "path must be a .ts file with cases; .* has no line after @data"),
     ],
 )
@@ -100,5 +115,8 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ts").write_bytes(b"\xff\xfe\0\0")
     with pytest.raises(ArgumentError, match="path must be a .ts file, which is text; .*x.ts cannot be read"):
         load_ts(tmp_path / "x.ts")
-    with pytest.raises(ArgumentError, match="with a line @data"):
-        load_ts(write(tmp_path, ""))
+    for text in ("", " \n\t\n"):
+        with pytest.raises(
+            ArgumentError, match="must be a .ts file with a header and cases; .*vowels.ts is empty. Fetch"
+        ):
+            load_ts(write(tmp_path, text))

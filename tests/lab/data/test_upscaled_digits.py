@@ -36,3 +36,8 @@ def test_a_size_that_is_none_is_refused() -> None:
     with pytest.raises(ArgumentError, match="size must be positive; got 0"):
         upscaled(IMAGES, 0)
     assert isinstance(upscaled(IMAGES, 16), Images)
+
+
+def test_images_of_bytes_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"pixels of floating point from 0 to 1; got torch.uint8. Divide bytes by"):
+        upscaled(Images(IMAGES.pixels.byte(), IMAGES.classes), 16)

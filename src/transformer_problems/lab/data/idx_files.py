@@ -19,7 +19,7 @@ _UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def load_idx(path: Path, *, split: IdxSplit, progress: Callable[[float], None] | None = None) -> LabelledImages:
+def load_idx(path: Path | str, *, split: IdxSplit, progress: Callable[[float], None] | None = None) -> LabelledImages:
     """The images and labels of a split; the classes are named by their numbers.
 
     Args:
@@ -34,6 +34,7 @@ def load_idx(path: Path, *, split: IdxSplit, progress: Callable[[float], None] |
     """
     if split not in get_args(IdxSplit):
         raise UnknownNameError("split", str(split), get_args(IdxSplit))
+    path = Path(path)
     if not path.is_dir():
         raise ArgumentError(f"path must be an existing folder of idx files; got {path}.")
     tell = progress or (lambda share: None)
@@ -49,7 +50,7 @@ def load_idx(path: Path, *, split: IdxSplit, progress: Callable[[float], None] |
     return LabelledImages(pixels[:, None], classes, tuple(str(i) for i in range(int(classes.max()) + 1)))
 
 
-def read_idx(file: Path, *, num_dims: int) -> Tensor:
+def read_idx(file: Path | str, *, num_dims: int) -> Tensor:
     """The array of an idx file of unsigned bytes, packed by gzip or not.
 
     The format: two zero bytes, the type of the numbers, the number of dimensions, each one's size in four bytes, the
@@ -58,7 +59,7 @@ def read_idx(file: Path, *, num_dims: int) -> Tensor:
     Raises:
         ArgumentError: If the file cannot be read, is no such file, has other dimensions, or is empty or cut off.
     """
-    content = _unpacked(file)
+    content = _unpacked(Path(file))
     if content[:4] != bytes((0, 0, _UNSIGNED_BYTE, num_dims)):
         raise ArgumentError(
             f"{file} must be an idx file of unsigned bytes in {num_dims} dimensions, which begins with "

@@ -24,15 +24,15 @@ def log_mel(waveform: Tensor, sample_rate: int) -> Tensor:
         waveform: [samples] from -1 to 1; output: [N, 40].
 
     Raises:
-        ArgumentError: If the sound is empty, or the rate too low for so many bands.
+        ArgumentError: If the sound is empty, has several channels or holds what is no finite number, or the rate is
+            too low for so many bands.
 
     Source:
         Davis and Mermelstein 1980, IEEE Transactions on Acoustics, Speech, and Signal Processing 28 (mel filters);
         O'Shaughnessy 1987, Speech Communication (the scale).
     """
     require_positive_int(sample_rate=sample_rate)
-    if len(waveform) == 0:
-        raise ArgumentError("waveform must hold at least one sample; got none.")
+    _check_waveform(waveform)
     window_len, hop_len = round(WINDOW_S * sample_rate), round(HOP_S * sample_rate)
     bands = _mel_bands(window_len // 2 + 1, sample_rate).to(waveform)
     missing = max(0, window_len - len(waveform))
@@ -46,6 +46,21 @@ def log_mel(waveform: Tensor, sample_rate: int) -> Tensor:
     )
     power = spectrum.abs().square()  # [bins, N]
     return (bands @ power).clamp(min=_FLOOR).log().T
+
+
+def _check_waveform(waveform: Tensor) -> None:
+    if waveform.dim() != 1 or not waveform.is_floating_point():
+        raise ArgumentError(
+            f"waveform must be floating point [samples] of one channel; got {waveform.dtype} {list(waveform.shape)}. "
+            "Average channels, and divide whole numbers by the largest of their kind."
+        )
+    if len(waveform) == 0:
+        raise ArgumentError("waveform must hold at least one sample; got none. Leave empty sounds out.")
+    if num_bad := int((~waveform.isfinite()).sum()):
+        raise ArgumentError(
+            f"waveform must hold finite numbers; got {num_bad} that are not, among {len(waveform)} samples. Read the "
+            "sound again, or replace them by zeros."
+        )
 
 
 def _mel_bands(num_bins: int, sample_rate: int) -> Tensor:

@@ -44,15 +44,21 @@ def moving_digits(digits: Images, num_clips: int, *, num_frames: int, size: int,
         generator: Draws images, speeds, places and directions; on the CPU.
 
     Raises:
-        ArgumentError: If a number is not positive, one frame is asked for, or images have no room to move.
+        ArgumentError: If a number is not positive, one frame is asked for, images have no room to move, or are not
+            square or not of floating point.
     """
     require_positive_int(num_clips=num_clips, num_frames=num_frames, size=size)
     side = digits.pixels.shape[-1]
+    if digits.pixels.shape[-2] != side or not digits.pixels.is_floating_point():
+        raise ArgumentError(
+            f"digits must be square images of floating point from 0 to 1; got {digits.pixels.dtype} "
+            f"{list(digits.pixels.shape)}. Crop them, and divide bytes by 255."
+        )
     if num_frames == 1:
         raise ArgumentError("num_frames must be 2 or more, for a speed to be seen; got 1. Choose e.g. 8.")
     if size <= side:
         raise ArgumentError(
-            f"size must leave images of {side} pixels a side room to move; got {size}. Choose {2 * side} or more."
+            f"size must leave images of {side} pixels a side room to move; got {size}. Choose {side + 1} or more."
         )
     classes = torch.randint(len(SPEEDS), (num_clips,), generator=generator)
     speed = side * torch.tensor(SPEEDS)[classes]

@@ -49,7 +49,7 @@ class TextSplits:
     source: str
 
 
-def load_text(path: Path | None = None) -> TextSplits:
+def load_text(path: Path | str | None = None) -> TextSplits:
     """A corpus of bytes: the Python standard library's own sources, or the caller's text.
 
     The standard library is some 8 MB of code and English documentation that every machine has, the same for
@@ -68,6 +68,7 @@ def load_text(path: Path | None = None) -> TextSplits:
     if path is None:
         files = _standard_library()
         return _split_by_file(files, f"standard library of Python {platform.python_version()}")
+    path = Path(path)
     if path.is_dir():
         return _split_by_file(_files_below(path), str(path))
     if not path.is_file():

@@ -18,11 +18,12 @@ class _Header:
     num_lines: int
 
 
-def load_ts(path: Path, *, progress: Callable[[float], None] | None = None) -> LabelledSequences:
+def load_ts(path: Path | str, *, progress: Callable[[float], None] | None = None) -> LabelledSequences:
     """Every case of a file, of equal or unequal lengths, in the file's order.
 
     A header of lines that begin with "@" ends with @data; then each line is a case, its dimensions separated by ":"
-    and the values of each by ",", with the class at the end. Lines that begin with "#" are comments.
+    and the values of each by ",", with the class at the end. Lines that begin with "#" are comments. Spaces and tabs
+    are alike.
 
     Args:
         path: A .ts file without time stamps and missing values, of a classification task.
@@ -31,6 +32,7 @@ def load_ts(path: Path, *, progress: Callable[[float], None] | None = None) -> L
     Raises:
         ArgumentError: If the file is missing or not as described; the message names the line.
     """
+    path = Path(path)
     lines = _read(path)
     header = _header(path, lines)
     sequences: list[Tensor] = []
@@ -55,13 +57,21 @@ def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise ArgumentError(f"path must be an existing .ts file; got {path}.")
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"path must be a .ts file, which is text; {path} cannot be read ({error}).") from error
+    if not any(lines):
+        raise ArgumentError(f"path must be a .ts file with a header and cases; {path} is empty. Fetch it again.")
+    return lines
 
 
 def _header(path: Path, lines: list[str]) -> _Header:
-    entries = dict(_entries(lines))
+    entries: dict[str, str] = {}
+    num_lines = 0
+    for num_lines, name, value in _entries(lines):
+        if name in entries:
+            raise _bad_line(path, num_lines, f"{name} comes a second time")
+        entries[name] = value
     if "@data" not in entries:
         raise ArgumentError(f"path must be a .ts file with a line @data; {path} has none. Choose another file.")
     for name in ("@timestamps", "@missing"):
@@ -73,19 +83,20 @@ def _header(path: Path, lines: list[str]) -> _Header:
             f"path must list its classes, as in @classLabel true yes no; {path} does not. Choose a file of a "
             "classification task."
         )
+    if twice := sorted({name for name in class_names if class_names.count(name) > 1}):
+        raise ArgumentError(f"@classLabel must name each class once; {path} repeats {twice[0]!r}. Remove one of them.")
     dimensions = entries.get("@dimensions", "")
     if dimensions and not dimensions.isdecimal():
         raise ArgumentError(f"@dimensions must be a whole number; {path} says {dimensions!r}. Fetch it again.")
-    num_lines = next(i for i, line in enumerate(lines, start=1) if line.lower() == "@data")
     return _Header(tuple(class_names), int(dimensions) if dimensions else None, num_lines)
 
 
-def _entries(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Names, in small letters, and values of the header's lines."""
-    for line in lines:
+def _entries(lines: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Numbers, names in small letters, and values of the header's lines, the last of which is @data."""
+    for number, line in enumerate(lines, start=1):
         if line.startswith("@"):
-            name, _, value = line.partition(" ")
-            yield name.lower(), value.strip()
+            name, *value = line.split(maxsplit=1)
+            yield number, name.lower(), "".join(value)
             if name.lower() == "@data":
                 return
 
