@@ -1,5 +1,6 @@
 """Folders of images: classes, order, scaling, and what cannot be read."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -24,14 +25,12 @@ def folder(tmp_path: Path) -> Path:
     draw_image(tmp_path / "cat" / "deep" / "one.png", (200, 0, 0))
     draw_image(tmp_path / "dog" / ".hidden.png", (9, 9, 9))
     draw_image(tmp_path / ".trash" / "x.png", (9, 9, 9))
-    draw_image(tmp_path / "stray.png", (9, 9, 9))
-    (tmp_path / "dog" / "notes.txt").write_text("no image")
     return tmp_path
 
 
 def test_classes_are_the_sub_folders_by_name(folder: Path) -> None:
     shares: list[float] = []
-    images = load_image_folder(folder, size=4, progress=shares.append)
+    images = load_image_folder(str(folder), size=4, progress=shares.append)  # a path may be text
     assert images.class_names == ("cat", "dog")
     assert images.classes.tolist() == [0, 0, 1]
     assert images.pixels.shape == (3, 3, 4, 4)
@@ -78,6 +77,50 @@ def test_grey_and_other_modes_become_colours(mode: str, tmp_path: Path) -> None:
     images = load_image_folder(tmp_path, size=4)
     assert images.pixels.shape == (1, 3, 4, 4)
     assert (images.pixels == 255).all()
+
+
+def left_out_and_refused(folder: Path, message: str, num: int) -> None:
+    with pytest.warns(UserWarning, match=rf"^{num} files or folders of .* left out .* first {message}") as caught:
+        images = load_image_folder(folder, size=4)
+    assert len(caught) == 1
+    assert (images.num_skipped, images.classes.tolist()) == (num, [0, 0, 1])
+    with pytest.raises(ArgumentError, match=rf"{message} is among {num} that would be left out. Move it away"):
+        load_image_folder(folder, size=4, strict=True)
+
+
+def test_files_of_other_types_or_no_class_are_counted_or_refused(folder: Path) -> None:
+    (folder / "dog" / "notes.txt").write_text("no image")
+    left_out_and_refused(folder, r".*notes.txt \(of another type\)", 1)
+    draw_image(folder / "stray.png", (9, 9, 9))
+    (folder / "cat" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "cat" / "again").symlink_to(folder / "dog")
+    left_out_and_refused(folder, r".*stray.png \(in no class's folder\)", 4)
+    (folder / "stray.png").unlink()
+    left_out_and_refused(folder, r".*again \(a link to a folder\)", 3)
+    (folder / "cat" / "again").unlink()
+    left_out_and_refused(folder, r".*gone.png \(no file that exists\)", 2)
+
+
+def refuse_to_list(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As for a user without the right to; this one may have every right."""
+    whole = os.scandir
+
+    def scandir(path: Path):
+        if path == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    patch.setattr(os, "scandir", scandir)
+
+
+def test_folders_that_cannot_be_listed_are_counted_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_image(folder / "cat" / "locked" / "x.png", (1, 2, 3))
+    refuse_to_list(monkeypatch, folder / "cat" / "locked")
+    left_out_and_refused(folder, r".*locked \(cannot be listed: Permission denied\)", 1)
+    refuse_to_list(monkeypatch, folder / "dog")
+    reason = r"dog holds none, but .*dog \(cannot be listed: Permission denied\). Add some or remove it"
+    with pytest.raises(ArgumentError, match=reason):
+        load_image_folder(folder, size=4)
 
 
 def damage(folder: Path) -> None:

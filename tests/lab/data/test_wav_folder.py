@@ -1,4 +1,4 @@
-"""Folders of wav files: sample formats, classes by folder or name, padding, and what cannot be read."""
+"""Folders of wav files: classes by folder or name, padding, length, and what cannot be read."""
 
 import wave
 from pathlib import Path
@@ -6,21 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.io import wavfile
 
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.lab.data.log_mel import log_mel
-from transformer_problems.lab.data.wav_folder import load_wav_folder, read_wav
+from transformer_problems.lab.data.wav_file import read_wav
+from transformer_problems.lab.data.wav_folder import load_wav_folder
 
 RATE = 8_000
 
 
-def write(file: Path, frames: bytes, *, width: int = 2, num_channels: int = 1, rate: int = RATE) -> Path:
+def write(file: Path, frames: bytes, *, rate: int = RATE) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(file), "wb") as opened:
-        opened.setnchannels(num_channels)
-        opened.setsampwidth(width)
-        opened.setframerate(rate)
+        opened.setparams((1, 2, rate, 0, "NONE", ""))
         opened.writeframes(frames)
     return file
 
@@ -29,41 +27,10 @@ def noise(num_samples: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).integers(-(2**15), 2**15, num_samples, dtype="<i2").tobytes()
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_every_width_spans_minus_one_to_one(width: int, tmp_path: Path) -> None:
-    half = 1 << (8 * width - 1)
-    levels = [-half, -half // 2, 0, half // 2, half - 1]
-    offset = half if width == 1 else 0  # samples of 8 bits are unsigned
-    frames = b"".join((x + offset).to_bytes(width, "little", signed=width > 1) for x in levels)
-    waveform, rate = read_wav(write(tmp_path / "x.wav", frames, width=width))
-    assert rate == RATE
-    assert waveform.dtype == torch.float32
-    torch.testing.assert_close(waveform, torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0 - 1 / half]))
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
-def test_equals_scipy(dtype: str, tmp_path: Path) -> None:
-    limits = np.iinfo(dtype)
-    samples = np.random.default_rng(0).integers(limits.min, limits.max, 997, dtype=dtype, endpoint=True)
-    wavfile.write(tmp_path / "x.wav", RATE, samples)
-    waveform, rate = read_wav(tmp_path / "x.wav")
-    middle = 128 if dtype == "uint8" else 0
-    expected = (samples.astype(np.float64) - middle) / (limits.max - middle + 1)
-    assert rate == RATE
-    torch.testing.assert_close(waveform, torch.from_numpy(expected).float(), atol=0, rtol=0)
-
-
-def test_channels_are_averaged(tmp_path: Path) -> None:
-    both = np.array([[8192, 16384], [-8192, 8192]], dtype="<i2")
-    waveform, _ = read_wav(write(tmp_path / "x.wav", both.tobytes(), num_channels=2))
-    assert waveform.tolist() == [0.375, 0.0]
-
-
 def test_classes_are_the_sub_folders_and_sequences_are_padded(tmp_path: Path) -> None:
     write(tmp_path / "yes" / "b.wav", noise(1_000))
     write(tmp_path / "yes" / "a.WAV", noise(250, seed=1))
     write(tmp_path / "no" / "c.wav", noise(600, seed=2))
-    write(tmp_path / "stray.wav", noise(900))
     shares: list[float] = []
     sounds = load_wav_folder(tmp_path, progress=shares.append)
     assert sounds.class_names == ("no", "yes")
@@ -72,7 +39,7 @@ def test_classes_are_the_sub_folders_and_sequences_are_padded(tmp_path: Path) ->
     assert sounds.features.shape == (3, 11, 40)
     for row, file in enumerate(("no/c.wav", "yes/a.WAV", "yes/b.wav")):
         mine = sounds.features[row, sounds.key_mask[row]]
-        torch.testing.assert_close(mine, log_mel(*read_wav(tmp_path / file)), atol=0, rtol=0)
+        torch.testing.assert_close(mine, log_mel(read_wav(tmp_path / file).waveform, RATE), atol=0, rtol=0)
     assert (sounds.features[~sounds.key_mask] == 0).all()
     assert shares == [1 / 3, 2 / 3, 1.0]
 
@@ -95,44 +62,48 @@ def test_one_sample_rate_is_required(tmp_path: Path) -> None:
         load_wav_folder(tmp_path)
 
 
-def test_files_that_are_no_whole_pcm_wav_are_refused_by_name(tmp_path: Path) -> None:
-    whole = write(tmp_path / "x.wav", noise(300)).read_bytes()
-    broken = {
-        "empty": (b"", "cannot be read as one .it ends too early"),
-        "text": (b"once upon a time there was a sound", "cannot be read as one"),
-        "cut": (whole[:-100], "must hold the 300 frames that it announces, at least one; it holds 250"),
-        "odd": (whole[:-99], "must hold the 300 frames"),
-        "wide": (whole[:32] + bytes((8, 0, 64, 0)) + whole[36:], "must have samples of 8 to 32 bits; it has 64"),
-    }
-    for name, (content, message) in broken.items():
-        (tmp_path / f"{name}.wav").write_bytes(content)
-        with pytest.raises(ArgumentError, match=rf"{name}.wav .*{message}"):
-            read_wav(tmp_path / f"{name}.wav")
-    with pytest.raises(ArgumentError, match="silent.wav must hold the 0 frames that it announces, at least one"):
-        read_wav(write(tmp_path / "silent.wav", b""))
-    wavfile.write(tmp_path / "float.wav", RATE, np.zeros(300, dtype=np.float32))
-    with pytest.raises(ArgumentError, match=r"float.wav must be a PCM wav .*unknown format: 3.* Convert or remove it"):
-        read_wav(tmp_path / "float.wav")
-    with pytest.raises(ArgumentError, match=r"nowhere.wav must be a PCM wav file"):
-        read_wav(tmp_path / "nowhere.wav")
+@pytest.mark.parametrize("max_seconds", [0.25, 0.5])
+def test_of_longer_recordings_the_beginning_is_read(max_seconds: float, tmp_path: Path) -> None:
+    for name, num in (("a/exact", RATE // 2), ("a/long", RATE), ("b/longer", 3 * RATE)):
+        write(tmp_path / f"{name}.wav", noise(num))
+    limit = int(max_seconds * RATE)
+    first = r"exact.wav \(0.5 s\)" if max_seconds < 0.5 else r"long.wav \(1.0 s\)"
+    num_cut = 3 if max_seconds < 0.5 else 2
+    with pytest.warns(
+        UserWarning, match=rf"^{num_cut} recordings of .* cut to their first {max_seconds} s, first .*{first}"
+    ):
+        sounds = load_wav_folder(tmp_path, max_seconds=max_seconds)
+    assert (sounds.num_cut, sounds.num_skipped) == (num_cut, 0)
+    expected = log_mel(read_wav(tmp_path / "b" / "longer.wav").waveform[:limit], RATE)
+    torch.testing.assert_close(sounds.features[2], expected, atol=0, rtol=0)
+    with pytest.raises(ArgumentError, match=rf"recordings must last {max_seconds} s at most .*{first[:9]}.* Cut it"):
+        load_wav_folder(tmp_path, max_seconds=max_seconds, strict=True)
 
 
-def test_damage_anywhere_is_one_clear_line(tmp_path: Path) -> None:
-    """Whatever bytes of the header change, the file is read or refused: nothing else is raised."""
-    rng = np.random.default_rng(0)
-    content, file = write(tmp_path / "x.wav", noise(300)).read_bytes(), tmp_path / "y.wav"
-    outcomes = set()
-    for _ in range(1_000):
-        damaged = bytearray(content)
-        for place in rng.integers(0, 44, 3):
-            damaged[place] = rng.integers(0, 256)
-        file.write_bytes(damaged)
-        try:
-            waveform, _ = read_wav(file)
-            outcomes.add(waveform.isfinite().all().item())
-        except ArgumentError:
-            outcomes.add("refused")
-    assert outcomes == {True, "refused"}
+def test_half_a_minute_is_read_unless_said_otherwise(tmp_path: Path) -> None:
+    for name, seconds in (("a/short", 1), ("b/whole", 30), ("b/long", 31)):
+        write(tmp_path / f"{name}.wav", noise(seconds * RATE))
+    with pytest.warns(UserWarning, match=r"^1 recordings of .* cut to their first 30 s, first .*long.wav \(31.0 s\)"):
+        sounds = load_wav_folder(str(tmp_path))  # a path may be text
+    assert sounds.num_cut == 1
+    assert sounds.features.shape[1] == 1 + (30_000 - 25) // 10  # windows of 25 ms every 10 ms
+    with pytest.raises(ArgumentError, match="max_seconds must be positive; got 0"):
+        load_wav_folder(tmp_path, max_seconds=0)
+
+
+def test_other_files_and_folders_are_counted_or_refused(tmp_path: Path) -> None:
+    for name in ("a/x", "b/y", "stray", "7_x"):
+        write(tmp_path / f"{name}.wav", noise(300))
+    (tmp_path / "a" / "x.mp3").write_bytes(b"no wav")
+    with pytest.warns(UserWarning, match=r"^3 files or folders of .* no .wav files to be read, first .*7_x.wav"):
+        assert load_wav_folder(tmp_path).num_skipped == 3
+    with pytest.raises(ArgumentError, match=r"nothing else where that is strict; .*7_x.wav .in no class's folder"):
+        load_wav_folder(tmp_path, strict=True)
+    (tmp_path / "stray.wav").rename(tmp_path / "8_y.mp3")
+    with pytest.warns(UserWarning, match=r"^3 files or folders of .* first .*a \(a folder\)"):
+        assert load_wav_folder(tmp_path, class_from="prefix").num_skipped == 3
+    with pytest.raises(ArgumentError, match=r"a \(a folder\) is among 3 that would be left out"):
+        load_wav_folder(tmp_path, class_from="prefix", strict=True)
 
 
 def test_unreadable_recordings_are_left_out_and_counted_or_refused(tmp_path: Path) -> None:

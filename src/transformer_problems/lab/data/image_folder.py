@@ -14,30 +14,33 @@ from transformer_problems.core.errors import ArgumentError
 from transformer_problems.lab.data.class_folders import check_left_out, files_by_class
 from transformer_problems.lab.data.labelled import LabelledImages
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # what Pillow raises on damaged files: most are its own, but damaged EXIF entries let the others through
 _UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 def load_image_folder(
-    path: Path, *, size: int, strict: bool = False, progress: Callable[[float], None] | None = None
+    path: Path | str, *, size: int, strict: bool = False, progress: Callable[[float], None] | None = None
 ) -> LabelledImages:
     """Every image below a folder, as colours, scaled to cover a square and cropped to its middle.
 
-    Classes are the sub-folders in the order of their names, and so are the images of each. Files that cannot be read
-    are left out; how many, a warning says at the end. Grey images with 16 bits a pixel are not read.
+    Classes are the sub-folders in the order of their names, and so are the images of each. Files that cannot be read,
+    those of other types or in no class's folder, and folders that cannot be listed are left out; how many, warnings
+    say. Grey images with 16 bits a pixel are not read.
 
     Args:
         path: A folder with a sub-folder for each class, itself of any depth. Hidden files are skipped.
         size: Pixels of each side, in the result.
-        strict: Refuse the folder at the first file that cannot be read.
+        strict: Refuse the folder at the first file or folder that would be left out.
         progress: Called with the share of the files done.
 
     Raises:
         ArgumentError: If the folder or an image of some class is missing, or in strict mode unreadable.
     """
     require_positive_int(size=size)
-    files = files_by_class(path, _SUFFIXES)
+    path = Path(path)
+    found = files_by_class(path, IMAGE_SUFFIXES, strict=strict)
+    files = found.by_class
     total = sum(map(len, files.values()))
     images: list[Tensor] = []
     classes: list[int] = []
@@ -56,7 +59,7 @@ def load_image_folder(
             if progress is not None:
                 progress((len(images) + len(skipped)) / total)
     check_left_out("images", skipped, set(classes), tuple(files), path)
-    return LabelledImages(torch.stack(images), torch.tensor(classes), tuple(files), len(skipped))
+    return LabelledImages(torch.stack(images), torch.tensor(classes), tuple(files), len(skipped) + found.num_left_out)
 
 
 def _read(file: Path, size: int) -> Tensor:

@@ -15,7 +15,7 @@ class LabelledImages:
         pixels: [B, channels, height, width] uint8, 0 black; divide by 255 when a batch is taken.
         classes: [B] int64, indices of `class_names`.
         class_names: One for each class.
-        num_skipped: Files that could not be read and are left out.
+        num_skipped: Files and folders that are left out: unreadable, of another type, or in no class's folder.
     """
 
     pixels: Tensor
@@ -33,7 +33,8 @@ class LabelledSequences:
         key_mask: [B, N] bool, True for real frames.
         classes: [B] int64, indices of `class_names`.
         class_names: One for each class.
-        num_skipped: Files that could not be read and are left out.
+        num_skipped: Files and folders that are left out: unreadable, of another type, or in no class's folder.
+        num_cut: Sequences of which only the beginning is here.
     """
 
     features: Tensor
@@ -41,13 +42,20 @@ class LabelledSequences:
     classes: Tensor
     class_names: tuple[str, ...]
     num_skipped: int = 0
+    num_cut: int = 0
 
     @classmethod
     def padded(
-        cls, sequences: list[Tensor], classes: list[int], class_names: tuple[str, ...], num_skipped: int = 0
+        cls,
+        sequences: list[Tensor],
+        classes: list[int],
+        class_names: tuple[str, ...],
+        *,
+        num_skipped: int = 0,
+        num_cut: int = 0,
     ) -> Self:
         """From sequences [N, F] of any lengths N."""
         features = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         key_mask = torch.arange(features.shape[1]) < lengths[:, None]
-        return cls(features, key_mask, torch.tensor(classes), class_names, num_skipped)
+        return cls(features, key_mask, torch.tensor(classes), class_names, num_skipped, num_cut)

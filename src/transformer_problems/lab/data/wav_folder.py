@@ -1,40 +1,51 @@
 """Labelled recordings from a folder of wav files, as log-mel features."""
 
+import math
 import re
-import wave
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from transformer_problems.core.arguments import require_positive
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.lab.data.class_folders import check_left_out, entries_of, files_by_class
+from transformer_problems.lab.data.class_folders import (
+    ClassFiles,
+    check_left_out,
+    entries_of,
+    files_by_class,
+    tell_left_out,
+)
 from transformer_problems.lab.data.labelled import LabelledSequences
 from transformer_problems.lab.data.log_mel import log_mel
+from transformer_problems.lab.data.wav_file import Recording, read_wav
 
 ClassSource = Literal["folder", "prefix"]
+SOUND_SUFFIXES = (".wav",)
 
 
 def load_wav_folder(
-    path: Path,
+    path: Path | str,
     *,
     class_from: ClassSource = "folder",
+    max_seconds: float = 30.0,
     strict: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> LabelledSequences:
     """Every wav file of a folder, as log-mel features of 40 bands, 100 frames a second; channels are averaged.
 
-    Classes are in the order of their names, and so are the files of each. Files that cannot be read are left out; how
-    many, a warning says at the end.
+    Classes are in the order of their names, and so are the files of each. Of longer recordings the beginning is read.
+    Files that cannot be read, those of other types or in no class's folder, and folders that cannot be listed are left
+    out. How many are cut or left out, warnings say.
 
     Args:
         path: A folder with a sub-folder for each class, or with the files themselves. Hidden files are skipped.
         class_from: A file's class is the name of its sub-"folder", or the "prefix" of its own name, up to the first
             "_" or "-", as in 7_jackson_32.wav.
-        strict: Refuse the folder at the first file that cannot be read.
+        max_seconds: How much of a recording is read; the default is what recognisers of speech take at once.
+        strict: Refuse the folder at the first file or folder that would be left out or cut.
         progress: Called with the share of the files done.
 
     Raises:
@@ -42,81 +53,63 @@ def load_wav_folder(
             sample rates differ. Readable are PCM wav files of 8 to 32 bits.
         UnknownNameError: If `class_from` is neither.
     """
+    path = Path(path)
+    require_positive(max_seconds=max_seconds)
     if class_from not in get_args(ClassSource):
         raise UnknownNameError("source of the classes", str(class_from), get_args(ClassSource))
-    files = files_by_class(path, (".wav",)) if class_from == "folder" else _files_by_prefix(path)
-    listed = [(file, index) for index, of_class in enumerate(files.values()) for file in of_class]
+    by_folder = class_from == "folder"
+    found = files_by_class(path, SOUND_SUFFIXES, strict=strict) if by_folder else _files_by_prefix(path, strict=strict)
+    names = tuple(found.by_class)
+    listed = [(file, index) for index, of_class in enumerate(found.by_class.values()) for file in of_class]
     sequences: list[Tensor] = []
     classes: list[int] = []
     skipped: list[str] = []
+    cut: list[str] = []
     first: tuple[Path, int] | None = None
     for done, (file, index) in enumerate(listed, start=1):
         try:
-            waveform, rate = read_wav(file)
+            recording = read_wav(file, max_seconds=max_seconds)
         except ArgumentError as error:
             if strict:
                 raise
             skipped.append(f"{file} ({error})")
         else:
-            first = first or (file, rate)
-            if rate != first[1]:
-                raise ArgumentError(
-                    f"all files must have one sample rate; {first[0]} has {first[1]} and {file} has {rate}. "
-                    "Resample one to the other's."
-                )
-            sequences.append(log_mel(waveform, rate))
+            first = first or (file, recording.sample_rate)
+            _check(file, recording, *first, max_seconds=max_seconds if strict else math.inf)
+            if recording.duration_s > max_seconds:
+                cut.append(f"{file} ({recording.duration_s:.1f} s)")
+            sequences.append(log_mel(recording.waveform, recording.sample_rate))
             classes.append(index)
         if progress is not None:
             progress(done / len(listed))
-    check_left_out("recordings", skipped, set(classes), tuple(files), path)
-    return LabelledSequences.padded(sequences, classes, tuple(files), len(skipped))
-
-
-def read_wav(file: Path) -> tuple[Tensor, int]:
-    """A recording and its sample rate.
-
-    Shape:
-        output: [samples] float32, from -1 to 1.
-
-    Raises:
-        ArgumentError: If the file cannot be read, is no PCM wav file of 8 to 32 bits, is empty or cut off.
-    """
-    try:
-        with wave.open(str(file), "rb") as opened:
-            parameters = opened.getparams()
-            content = opened.readframes(parameters.nframes)
-    except (OSError, EOFError, RuntimeError, wave.Error) as error:
-        reason = str(error) or "it ends too early"
-        raise ArgumentError(
-            f"{file} must be a PCM wav file of 8 to 32 bits; it cannot be read as one ({reason}). Convert or remove it."
-        ) from error
-    width, num_channels = parameters.sampwidth, parameters.nchannels
-    if width > 4:
-        raise ArgumentError(f"{file} must have samples of 8 to 32 bits; it has {8 * width}. Convert or remove it.")
-    if not content or len(content) != parameters.nframes * width * num_channels:
-        raise ArgumentError(
-            f"{file} must hold the {parameters.nframes} frames that it announces, at least one; it holds "
-            f"{len(content) // (width * num_channels)}. Remove it, or record it again."
+    check_left_out("recordings", skipped, set(classes), names, path)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} recordings of {path} cut to their first {max_seconds:g} s, first {cut[0]}", stacklevel=2
         )
-    channels = _samples(content, width).reshape(-1, num_channels)
-    return torch.from_numpy(channels.mean(axis=1, dtype=np.float64).astype(np.float32)), parameters.framerate
+    num_skipped = len(skipped) + found.num_left_out
+    return LabelledSequences.padded(sequences, classes, names, num_skipped=num_skipped, num_cut=len(cut))
 
 
-def _samples(content: bytes, width: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    """Little-endian integers of `width` bytes, those of one byte unsigned, as numbers from -1 to 1."""
-    raw = np.frombuffer(content, dtype=np.uint8).reshape(-1, width)
-    wide = np.zeros((len(raw), 4), dtype=np.uint8)
-    wide[:, 4 - width :] = raw  # the upper bytes of 32-bit integers
-    if width == 1:
-        wide ^= np.array([0, 0, 0, 0x80], dtype=np.uint8)  # moves the middle of the range to 0
-    return wide.view("<i4")[:, 0] / 2.0**31
+def _check(file: Path, recording: Recording, first: Path, first_rate: int, *, max_seconds: float) -> None:
+    if recording.sample_rate != first_rate:
+        raise ArgumentError(
+            f"all files must have one sample rate; {first} has {first_rate} and {file} has {recording.sample_rate}. "
+            "Resample one to the other's."
+        )
+    if recording.duration_s > max_seconds:
+        raise ArgumentError(
+            f"recordings must last {max_seconds:g} s at most where that is strict; {file} lasts "
+            f"{recording.duration_s:.1f} s. Cut it, or leave strict out to read its beginning."
+        )
 
 
-def _files_by_prefix(path: Path) -> dict[str, list[Path]]:
-    found = [file for file in entries_of(path) if file.suffix.lower() == ".wav" and file.is_file()]
+def _files_by_prefix(path: Path, *, strict: bool) -> ClassFiles:
+    folders, files = entries_of(path)
+    found = [file for file in files if file.suffix.lower() in SOUND_SUFFIXES]
     if not found:
         raise ArgumentError(f"path must hold wav files; {path} holds none. Use class_from='folder' for sub-folders.")
-    files: dict[str, list[Path]] = {}
+    by_class: dict[str, list[Path]] = {}
     for file in found:
         prefix, *rest = re.split("[-_]", file.stem, maxsplit=1)
         if not prefix or not rest:
@@ -124,5 +117,8 @@ def _files_by_prefix(path: Path) -> dict[str, list[Path]]:
                 f"file names must begin with a class and '_' or '-', as 7_jackson_32.wav does; {file} does not. "
                 "Rename it, or sort the files into sub-folders and use class_from='folder'."
             )
-        files.setdefault(prefix, []).append(file)
-    return dict(sorted(files.items()))
+        by_class.setdefault(prefix, []).append(file)
+    left_out = [f"{folder} (a folder)" for folder in folders]
+    left_out += [f"{file} (of another type)" for file in files if file not in set(found)]
+    tell_left_out(left_out, SOUND_SUFFIXES, path, strict=strict)
+    return ClassFiles(dict(sorted(by_class.items())), len(left_out))
