@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.seeding import generator
-from transformer_problems.lab.data.choice import choose_labels, draw_batch
+from transformer_problems.lab.data.choice import choose_labels, draw_batch, hold_out
 from transformer_problems.lab.data.digits import load_digit_images
 
 SIZES = (50, 3, 20)
@@ -63,3 +64,27 @@ def test_batches_draw_every_example_alike(num: int, batch_size: int) -> None:
     share = batch_size / num
     deviation = (steps * share * (1 - 1 / num if num < batch_size else 1 - share)) ** 0.5  # again and again, or once
     assert bool(((drawn.bincount(minlength=num) - steps * share).abs() < 5 * deviation).all())  # five sigma
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_the_same_share_of_every_class_is_held_out_and_one_at_least(share: float) -> None:
+    known, held_out = hold_out(CLASSES, share, generator(0))
+    assert sorted([*known.tolist(), *held_out.tolist()]) == list(range(sum(SIZES)))
+    expected = [min(max(1, round(share * size)), size - 1) for size in SIZES]
+    assert CLASSES[held_out].bincount(minlength=3).tolist() == expected
+
+
+def test_what_is_held_out_follows_the_draws_in_random_order() -> None:
+    first, again, other = (hold_out(CLASSES, 0.2, generator(seed)) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert set(first[1].tolist()) != set(other[1].tolist())
+    for part in first:
+        classes = CLASSES[part]
+        assert not torch.equal(classes, classes.sort().values)
+
+
+def test_a_class_of_one_cannot_be_held_out() -> None:
+    with pytest.raises(ArgumentError, match=r"two examples each, to learn from and to hold out; class 7 has one. Add"):
+        hold_out(torch.tensor([3, 3, 7]), 0.2, generator(0))
+    with pytest.raises(ArgumentError, match="share must be a share from 0 to 1; got 1.5"):
+        hold_out(CLASSES, 1.5, generator(0))

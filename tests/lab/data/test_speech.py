@@ -88,7 +88,10 @@ def test_without_the_package_the_error_says_what_to_install(
     spec: ModuleSpec | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, spec)
-    message = r"package aeon, which is not installed\. .*: pip install --no-deps aeon$"
+    message = (
+        r"package aeon, which is not installed\. .*: pip install 'transformer-problems\[speech\]'; .*: "
+        "pip install --no-deps aeon$"
+    )
     with pytest.raises(MissingDependencyError, match=message) as caught:
         load_japanese_vowels("TRAIN")
     assert "\n" not in str(caught.value)

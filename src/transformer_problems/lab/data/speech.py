@@ -28,7 +28,8 @@ def load_japanese_vowels(split: Literal["TRAIN", "TEST"]) -> LabelledSequences:
     if found is None or not found.submodule_search_locations:
         raise MissingDependencyError(
             "the speech features come with the package aeon, which is not installed. "
-            "Install it without what it needs to run: pip install --no-deps aeon"
+            "Install it with what it needs to run: pip install 'transformer-problems[speech]'; or without: "
+            "pip install --no-deps aeon"
         )
     folder = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "JapaneseVowels"
     return load_ts(folder / f"JapaneseVowels_{split}.ts")
