@@ -1,5 +1,6 @@
 """What makes results incomparable changes their key; nothing else does."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from transformer_problems.core.records import Environment
 from transformer_problems.lab import fingerprint
-from transformer_problems.lab.fingerprint import code_fingerprint, hash_files, run_fingerprint
+from transformer_problems.lab.fingerprint import code_fingerprint, folder_fingerprint, hash_files, run_fingerprint
 from transformer_problems.lab.runner import Run, RunRequest
 from transformer_problems.lab.store import Store
 from transformer_problems.problems import experiment_of
@@ -62,3 +63,21 @@ def test_sources_of_every_kind_count_by_their_path_and_caches_do_not(tmp_path: P
         (tmp_path / name).touch()
     found = [path for path, _ in fingerprint._files(tmp_path, "kernels")]
     assert found == ["kernels/data.toml", "kernels/inner/scan.cpp", "kernels/scan.cpp"]
+
+
+def test_a_folders_key_follows_names_sizes_and_last_changes(tmp_path: Path) -> None:
+    file = tmp_path / "inner" / "a.wav"
+    file.parent.mkdir()
+    file.write_bytes(b"1234")
+    os.utime(file, ns=(0, 10**18))
+    keys = [folder_fingerprint(tmp_path)]
+    assert folder_fingerprint(tmp_path) == keys[0]
+    file.write_bytes(b"5678")
+    os.utime(file, ns=(0, 10**18 + 1_000))
+    keys.append(folder_fingerprint(tmp_path))
+    file.write_bytes(b"56789")
+    os.utime(file, ns=(0, 10**18 + 1_000))
+    keys.append(folder_fingerprint(tmp_path))
+    file.rename(file.with_name("b.wav"))
+    keys.append(folder_fingerprint(tmp_path))
+    assert len(set(keys)) == 4

@@ -32,9 +32,10 @@ def run_fingerprint(room: str, where: Environment, text: str) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of the names and sizes of a folder's files, all the way down: data too large to be read for its key."""
+    """Hash of the names, sizes and last changes of a folder's files, all the way down, where contents are too large."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    listed = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    known = ((file.relative_to(folder), file.stat()) for file in files)
+    listed = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in known]
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
 
 
