@@ -107,7 +107,7 @@ def measure(
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse files of --data that cannot be read, rather than leave them out.")
+        bool, typer.Option("--strict", help="Refuse what of --data would be left out or cut, rather than tell of it.")
     ] = False,
 ) -> None:
     """Measure problems and their solutions side by side on this machine, then draw what was measured.

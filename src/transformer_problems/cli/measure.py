@@ -1,6 +1,7 @@
 """The commands that measure, draw and export."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def measure_problems(
     data: Path | None = None,
     strict: bool = False,
 ) -> None:
-    """Measure the named problems, or all that have an experiment (and read such data), and draw the report."""
+    """Measure the named problems, or all that have an experiment (and read such data), and draw the report.
+
+    Raises:
+        Exit: With code 1, after all is written, if a problem was not measured, for all of it or its baseline failed.
+    """
     catalogue = load_catalogue()
     problems = _chosen(catalogue, names)
     if data is not None and not names:
@@ -46,17 +51,21 @@ def measure_problems(
     )
     _make_folder(out)
     with Store.open(request.store_path) as store:
-        run = Run(request, store)
+        run = _planned(request, store)
         if not run.pending:
             typer.echo(f"all {len(run.planned)} cells are finished already")
         elif skipped := len(run.planned) - len(run.pending):
             typer.echo(f"{skipped} of {len(run.planned)} cells are finished already; going on with the rest")
         _show_progress(run, catalogue)
-        summaries = _write(catalogue, store, out)
+        summaries, unmeasured = _write(catalogue, store, out), run.unmeasured()
     for problem in problems:
         if problem.number in summaries:
             measured_table(problem, summaries[problem.number])
     typer.echo(f"\nwrote {out / 'index.html'}    (results: {request.store_path})")
+    if unmeasured:
+        told = "; ".join(f"problem {number:02d}, {why.rstrip('.')}" for number, why in unmeasured.items())
+        typer.echo(f"transformer-problems: not measured: {told}. More is in {request.log}.", err=True)
+        raise typer.Exit(1)
 
 
 def redraw(folder: Path) -> None:
@@ -104,6 +113,16 @@ def _chosen(catalogue: Catalogue, names: Sequence[str]) -> list[Problem]:
                 "`transformer-problems list` shows what is measured."
             )
     return problems
+
+
+def _planned(request: RunRequest, store: Store) -> Run:
+    """The run; what it warns of, such as files left out of the user's own data, is told in a line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        run = Run(request, store)
+    for warning in caught:
+        typer.echo(f"note: {warning.message}", err=True)
+    return run
 
 
 def _make_folder(out: Path) -> None:

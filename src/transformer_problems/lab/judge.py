@@ -31,7 +31,8 @@ def judge(
     if effect is None:
         if not failure and not (results.seeds_of(arm.slug) and results.seeds_of(baseline)):
             return None
-        missing = f"no {criterion.metric} was measured for it and its baseline alike"
+        where = "" if x is None else f" at {x:,g}"
+        missing = f"no {criterion.metric}{where} was measured for it and its baseline alike"
         reason = failure or (f"its baseline {without}" if without else missing)
         return Verdict(problem, arm.slug, "not runnable here", None, reason)
     changed = results.largest(arm.slug, criterion.promise)

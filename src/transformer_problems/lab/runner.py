@@ -44,6 +44,10 @@ class RunRequest:
     def store_path(self) -> Path:
         return self.out / "results.sqlite"
 
+    @property
+    def log(self) -> Path:
+        return self.out / "worker.log"
+
 
 class Run:
     """The cells of a request that are still to be measured; iterate `outcomes` to measure them."""
@@ -72,7 +76,7 @@ class Run:
                 self.request.data,
             ),
             timeout_s=_CELL_TIMEOUT_S[self.request.scale],
-            log=self.request.out / "worker.log",
+            log=self.request.log,
         )
         for outcome in engine.run(self.pending):
             if isinstance(outcome, Done):
@@ -81,6 +85,19 @@ class Run:
             elif isinstance(outcome, Failed):
                 self.store.fail(outcome.cell, environments[outcome.cell.problem], outcome.reason)
             yield outcome
+
+    def unmeasured(self) -> dict[int, str]:
+        """The problems of which all cells failed, or the first seed of the baseline, without which there is no finding;
+        each with what failed and why."""
+        finished = self.store.finished(set(self.fingerprints.values()))
+        failures = self.store.failures(fingerprints=set(self.fingerprints.values()))
+        found = {}
+        for number in self.request.rooms:
+            baseline, *others = (cell for cell in self.planned if cell.problem == number)
+            if baseline not in finished:
+                which = "its baseline" if finished.intersection(others) else "every arm"
+                found[number] = f"{which} failed: {failures.get(baseline, 'never run')}"
+        return found
 
     def _cells(self, number: int) -> Iterator[Cell]:
         experiment, data = self.request.load(number), self.request.data
