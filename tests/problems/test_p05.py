@@ -247,7 +247,7 @@ def test_correct_compares_the_largest_score_with_the_class() -> None:
 @needs_speech
 def test_padding_behind_an_utterance_changes_no_answer() -> None:
     """So a score does not depend on how long the longest utterance of the test is."""
-    utterance = built_in_task("encoder").tested.take(torch.tensor([0]), CPU)
+    utterance = built_in_task("encoder").tested.select(torch.tensor([0]), CPU)
     features, key_mask = utterance.inputs
     num = int(key_mask.sum())
     assert num < key_mask.shape[1]

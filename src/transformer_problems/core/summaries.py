@@ -100,6 +100,7 @@ class Row:
         cells: One a column; None where the arm could not be measured there.
         gain: The effect in words, e.g. "41x less time at 8,192 tokens"; empty for baselines.
         cost: What it costs, in words and figures, e.g. "+0.12 bits/byte after equal steps".
+        not_asked: Why the arm was not to be measured, e.g. "for images only"; empty where it was.
     """
 
     arm: Arm
@@ -107,6 +108,7 @@ class Row:
     verdict: Verdict | None
     gain: str = ""
     cost: str = ""
+    not_asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

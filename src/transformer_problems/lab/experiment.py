@@ -1,6 +1,6 @@
 """What an experiment is: arms, a chart, a table and a way to measure one arm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,7 +19,7 @@ class OwnData:
     """A folder of the user's own data.
 
     Args:
-        strict: Refuse files that cannot be read, where others would be left out.
+        strict: Refuse what would else be left out or cut.
     """
 
     folder: Path
@@ -79,9 +79,14 @@ class ReadsData(Protocol):
     """An experiment that takes a folder of the user's own data in place of its built-in sets."""
 
     def arms_for(self, data: OwnData) -> frozenset[str]:
-        """Slugs of the arms that such data is for.
+        """Slugs of the arms that such data is for. Warns of what will be left out of it.
 
         Raises:
-            ArgumentError: If nothing in the folder can be read.
+            ArgumentError: If the folder holds nothing to read, too little to measure with, or, in strict mode,
+                anything that would be left out.
         """
+        ...
+
+    def not_asked(self, results: Results) -> Mapping[str, str]:
+        """Slugs of the arms that the data behind these results is not for, each with what it is for."""
         ...

@@ -8,7 +8,7 @@ from transformer_problems.catalogue import Catalogue, Criterion
 from transformer_problems.core.records import Cell, Environment, Interval, Measurement, Scale, Verdict
 from transformer_problems.core.summaries import Arm, Column, Line, Point, ProblemSummary, Row
 from transformer_problems.lab.effects import Effect, common_x, describe_effect, measure_effect
-from transformer_problems.lab.experiment import Experiment, HasNotes
+from transformer_problems.lab.experiment import Experiment, HasNotes, ReadsData
 from transformer_problems.lab.judge import judge
 from transformer_problems.lab.results import Results
 from transformer_problems.lab.statistics import fit_exponent, mean_interval
@@ -27,15 +27,23 @@ def summarise(
     """Everything that the picture and page of one problem show."""
     results = Results(records)
     reasons = {cell.arm: reason for cell, reason in failures.items()}
-    rows = tuple(_row(experiment, catalogue, arm, results, reasons) for arm in experiment.arms)
+    not_asked = experiment.not_asked(results) if isinstance(experiment, ReadsData) else {}
+    asked = sorted(experiment.arms, key=lambda arm: arm.slug in not_asked)  # so that their baseline comes first
+    rows = tuple(
+        replace(_row(experiment, catalogue, arm, results, reasons), not_asked=not_asked.get(arm.slug, ""))
+        for arm in asked
+    )
+    chart = experiment.chart
+    if not_asked.get(experiment.arms[0].slug):
+        chart = replace(chart, problem_title=asked[0].label)
     lines = tuple(line for arm in experiment.arms if (line := _line(experiment, arm, results)).points)
     told = experiment.notes(results) if isinstance(experiment, HasNotes) and results.seeds else ()
     fewer = _fewer_seeds(experiment, catalogue, results)
     failed = (f"{cell.arm}, seed {cell.seed}: {reason}" for cell, reason in failures.items())
     return ProblemSummary(
         number=experiment.problem,
-        finding=_finding(experiment, results, reasons),
-        chart=experiment.chart,
+        finding=_finding(experiment, asked[0], results, reasons),
+        chart=chart,
         lines=lines,
         columns=experiment.columns,
         rows=tuple(_with_variants(row, rows) for row in rows),
@@ -61,9 +69,8 @@ def baseline_of(experiment: Experiment, arm: Arm) -> str | None:
     return None if arm.slug == first else arm.baseline or first
 
 
-def _finding(experiment: Experiment, results: Results, reasons: Mapping[str, str]) -> str:
+def _finding(experiment: Experiment, baseline: Arm, results: Results, reasons: Mapping[str, str]) -> str:
     """The experiment's finding, if the baseline's first seed is there: it alone measures what needs no repetition."""
-    baseline = experiment.arms[0]
     if 0 not in results.seeds_of(baseline.slug):
         return f"not measured: {reasons[baseline.slug]}" if baseline.slug in reasons else "not measured yet"
     if diverged := results.diverged(baseline.slug):

@@ -73,9 +73,11 @@ def format_interval(estimate: Interval | None, column: Column) -> str:
 
 
 def format_verdict(row: Row) -> str:
-    """The word of a row's verdict; baselines and controls have none."""
+    """The word of a row's verdict, or why it was not asked for; baselines and controls have none."""
     if row.verdict is not None:
         return row.verdict.word
+    if row.not_asked:
+        return row.not_asked
     return ABSENT if row.arm.solution is None else NOT_YET
 
 

@@ -29,10 +29,10 @@ def variants_of(pair: Treatment, summary: ProblemSummary | None) -> list[Row]:
 
 
 def status_of(pair: Treatment, rows: Mapping[str, Row]) -> str:
-    """A pair's verdict where these results hold one; else that it is planned, or that it was not measured yet."""
+    """A pair's verdict where these results hold one; else why there is none: planned, not asked for, not yet."""
     row = rows.get(pair.solution.slug)
-    if row is not None and row.verdict is not None:
-        return row.verdict.word
+    if row is not None and (row.verdict is not None or row.not_asked):
+        return format_verdict(row)
     return "planned" if pair.status == "planned" else NOT_YET
 
 
@@ -41,7 +41,7 @@ def pairs_best_first(
 ) -> list[tuple[Treatment, str, Row | None]]:
     """Each pair with its status and row: those that help first, else in the catalogue's order."""
     told = [(pair, status_of(pair, rows), rows.get(pair.solution.slug)) for pair in catalogue.pairs(problem)]
-    return sorted(told, key=lambda entry: _VERDICT_ORDER.index(entry[1]))
+    return sorted(told, key=lambda entry: _VERDICT_ORDER.index(entry[1] if entry[1] in _VERDICT_ORDER else NOT_YET))
 
 
 def headline(told: Sequence[tuple[Treatment, str, Row | None]]) -> list[tuple[Treatment, str, Row | None]]:

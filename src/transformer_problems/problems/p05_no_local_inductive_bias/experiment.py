@@ -1,6 +1,6 @@
 """Small real images and sounds, rising numbers of examples: how much a built-in sense of nearness is worth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,18 +22,20 @@ from transformer_problems.problems.p05_no_local_inductive_bias.distance import a
 from transformer_problems.problems.p05_no_local_inductive_bias.models import image_model, speech_model
 from transformer_problems.problems.p05_no_local_inductive_bias.task import (
     DIGITS,
+    OWN_SECONDS,
     SPEAKERS,
     SPEECH,
     Examples,
     Form,
     Task,
     built_in_task,
-    kind_of,
+    listed_kind,
     own_task,
 )
 
 _FEWEST = 20.0
-_LOOKED_AT = 300  # test images whose attention is measured
+_LOOKED_AT = 300  # test images whose attention is measured, and the most examples that are tested at once
+_SCORES_AT_ONCE = 20_000_000  # of a head, between the frames of sounds that are tested at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class NoLocalInductiveBias:
         if bench.data:
             yield Measurement("own_examples", "1", len(task.known))
             yield Measurement("left_out", "1", task.num_skipped)
+            yield Measurement("cut", "1", task.num_cut)
             counts = (*(num for num in counts if num < len(task.known)), len(task.known))
         model, right = nn.Module(), [0.0]
         for i, num in enumerate(counts):
@@ -128,35 +131,45 @@ class NoLocalInductiveBias:
         for repeat, value in enumerate(right):
             yield Measurement("accuracy_of_all", "1", value, repeat=repeat)
         yield Measurement("parameters", "1", sum(p.numel() for p in model.parameters()))
-        one = task.tested.take(torch.arange(1), bench.device)
+        one = task.tested.select(torch.arange(1), bench.device)
         yield Measurement("flops", "FLOP", count_flops(partial(_answer, model, one)))
         if isinstance(model, VisionTransformer):
-            some = task.tested.take(torch.arange(min(_LOOKED_AT, len(task.tested))), bench.device)
-            yield Measurement("blind_distance", "1", blind_distance(model, some.inputs[0]))
-            for layer, distance in enumerate(attention_distances(model, some.inputs[0])):
+            some = task.tested.select(torch.arange(min(_LOOKED_AT, len(task.tested))), bench.device)
+            yield Measurement("blind_distance", "1", blind_distance(model, some.numbers()[0]))
+            for layer, distance in enumerate(attention_distances(model, some.numbers()[0])):
                 yield Measurement("attention_distance", "1", distance, x=layer + 1, x_unit="layers")
 
     def finding(self, results: Results) -> str:
-        few, many = min(results.xs("vit", "accuracy")), max(results.xs("vit", "accuracy"))
-        layers = results.xs("vit", "attention_distance")
-        first, last, near, far, blind = (
-            results.mean("vit", metric, x)
-            for metric, x in (
-                ("accuracy", few),
-                ("accuracy", many),
-                ("attention_distance", min(layers)),
-                ("attention_distance", max(layers)),
-                ("blind_distance", None),
-            )
-        )
+        plain, kind = ("vit", "images") if results.xs("vit", "accuracy") else ("encoder", "recordings")
+        name = "Vision Transformer" if plain == "vit" else "encoder"
+        few, many = (results.xs(plain, "accuracy")[i] for i in (0, -1))
+        told = f"With {few:.0f} examples a plain {name} gets {results.mean(plain, 'accuracy', few):.0%} of {kind} right"
+        if many > few:
+            told += f", with {many:,.0f} it gets {results.mean(plain, 'accuracy', many):.0%}"
+        layers = results.xs(plain, "attention_distance")
+        if not layers:
+            return f"{told}."
+        near, far = (results.mean(plain, "attention_distance", layers[i]) for i in (0, -1))
+        blind = results.mean(plain, "blind_distance")
         return (
-            f"With {few:.0f} examples a plain Vision Transformer gets {first:.0%} of images right, with {many:,.0f} it "
-            f"gets {last:.0%}; its first layer then looks across {near:.0%} of the image and its last across "
-            f"{far:.0%}, where attention to all places alike would look across {blind:.0%}."
+            f"{told}; its first layer then looks across {near:.0%} of the image and its last across {far:.0%}, where "
+            f"attention to all places alike would look across {blind:.0%}."
         )
 
     def arms_for(self, data: OwnData) -> frozenset[str]:
-        return SPEECH if kind_of(data.folder) == "sounds" else frozenset(arm.slug for arm in self.arms) - SPEECH
+        return SPEECH if listed_kind(data) == "sounds" else self._seeing
+
+    def not_asked(self, results: Results) -> Mapping[str, str]:
+        own = {arm.slug for arm in self.arms if results.largest(arm.slug, "own_examples") is not None}
+        if not own:
+            return {}
+        if own & SPEECH:
+            return dict.fromkeys(self._seeing, "for images only")
+        return dict.fromkeys(SPEECH, "for recordings only")
+
+    @property
+    def _seeing(self) -> frozenset[str]:
+        return frozenset(arm.slug for arm in self.arms) - SPEECH
 
     def notes(self, results: Results) -> tuple[str, ...]:
         size = _SIZES[results.scale]
@@ -165,13 +178,8 @@ class NoLocalInductiveBias:
             "speakers who say one diphthong, as 12 coefficients a frame, and the speaker is asked for (Kudo, Toyama "
             "and Shimbo's Japanese Vowels, UCI, as the package aeon carries it)."
         )
-        own = next((found for arm in self.arms if (found := results.largest(arm.slug, "left_out")) is not None), None)
-        if own is not None:
-            left_out = f" Files that could not be read and are left out: {own:.0f}." if own else ""
-            sources = (
-                "Measured on the user's own data, a fifth of it held out for the test where it comes without a split; "
-                f"images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame.{left_out}"
-            )
+        if self.not_asked(results):
+            sources = _told_of_own_data(results, [arm.slug for arm in self.arms])
         return (
             sources,
             f"Every model of images takes {size.image_steps} steps, every model of speech "
@@ -179,6 +187,25 @@ class NoLocalInductiveBias:
             "0.003. Where an interval is wide, some seeds had not left chance by then, and with most examples training "
             "had not ended: that is speed of learning as much as what was learned.",
         )
+
+
+def _told_of_own_data(results: Results, arms: Sequence[str]) -> str:
+    """What a reader must know of the user's own data."""
+    left_out, cut, fewest = (
+        max(filter(None, (results.largest(arm, metric) for arm in arms)), default=0.0)
+        for metric in ("left_out", "cut", "own_examples")
+    )
+    text = (
+        "Measured on the user's own data, a fifth of each class held out for the test where it comes without a split; "
+        "images are scaled to 32 x 32 pixels, sounds are 40 log-mel bands a frame."
+    )
+    if left_out:
+        text += f" Files and folders left out, as unreadable or of another type: {left_out:.0f}."
+    if cut:
+        text += f" Recordings of which only the first {OWN_SECONDS:.0f} s are taken: {cut:.0f}."
+    if fewest < _FEWEST:
+        text += f" Verdicts compare models at {_FEWEST:.0f} training examples, and here are {fewest:.0f}."
+    return text
 
 
 def build_model(arm: str, scale: int, form: Form | None = None) -> nn.Module:
@@ -193,10 +220,10 @@ def _trained(bench: Bench, size: _Size, task: Task, num: int) -> nn.Module:
     steps = size.speech_steps if bench.cell.arm in SPEECH else size.image_steps
     with seeded(seed, "model"):
         model = build_model(bench.cell.arm, size.scale, task.form).to(device)
-    few = known.take(choose_labels(known.classes, num, generator(seed, "examples")), device)
+    few = known.select(choose_labels(known.classes, num, generator(seed, "examples")), device)
 
     def batch_loss(model: nn.Module, step: int) -> Tensor:
-        batch = few.take(draw_batch(num, size.batch_size, seed, step).to(device), device)
+        batch = few.select(draw_batch(num, size.batch_size, seed, step).to(device), device)
         return nn.functional.cross_entropy(_answer(model, batch), batch.classes)
 
     train(model, batch_loss, TrainingPlan(steps, plain_recipe(), seed=seed))
@@ -204,7 +231,7 @@ def _trained(bench: Bench, size: _Size, task: Task, num: int) -> nn.Module:
 
 
 def _answer(model: nn.Module, examples: Examples) -> Tensor:
-    inputs, *masks = examples.inputs
+    inputs, *masks = examples.numbers()
     logits: Tensor = model(inputs, key_mask=masks[0]) if masks else model(inputs)
     return logits
 
@@ -213,8 +240,10 @@ def _answer(model: nn.Module, examples: Examples) -> Tensor:
 def correct(model: nn.Module, tested: Examples, device: torch.device) -> list[float]:
     """Whether each example is classified rightly, 1 or 0."""
     right: list[float] = []
-    for chosen in torch.arange(len(tested)).split(_LOOKED_AT):
-        some = tested.take(chosen, device)
+    _, *masks = tested.inputs
+    num_at_once = max(1, min(_LOOKED_AT, _SCORES_AT_ONCE // masks[0].shape[1] ** 2)) if masks else _LOOKED_AT
+    for chosen in torch.arange(len(tested)).split(num_at_once):
+        some = tested.select(chosen, device)
         right += (_answer(model, some).argmax(dim=1) == some.classes).double().tolist()
     return right
 
