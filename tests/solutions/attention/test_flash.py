@@ -1,5 +1,7 @@
 """FlashAttention: both back ends against the formula, and the tiles' memory and arithmetic counted."""
 
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.core.errors import ArgumentError, CombinationError, MissingDependencyError, UnknownNameError
 from transformer_problems.core.slots import PositionBias, PositionEncoding
+from transformer_problems.kernels.race import raced
 from transformer_problems.lab.meters.memory import peak_memory_bytes
+from transformer_problems.solutions.attention import fused_kernels
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.flash import FlashAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
@@ -261,6 +265,74 @@ def test_which_back_end_runs_is_said() -> None:
     assert FlashAttention().runs == "sdpa"
     assert FlashAttention(backend="tiled").runs == "tiled"
     assert "runs='tiled', block_size=64" in repr(FlashAttention(backend="tiled", block_size=64))
+    auto, tiled = FlashAttention(), FlashAttention(backend="tiled")
+    assert auto.last_run is None
+    q, k, v = (x.detach() for x in draw(3, 3))
+    auto(q, k, v), tiled(q, k, v)
+    assert (auto.last_run, tiled.last_run) == ("sdpa", "tiled")
+    auto(q[..., -1:, :].bfloat16(), k.bfloat16(), v.bfloat16())
+    assert auto.last_run == "sdpa in float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("winner", ["sdpa", "sdpa in float32"])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("num_keys", [20, 30])
+def test_training_in_half_precision_takes_what_won_the_race(
+    dtype: torch.dtype, winner: str, with_mask: bool, num_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[tuple[object, ...]] = []
+
+    def fastest(
+        kind: tuple[object, ...], prepare: Callable[[], dict[str, Callable[[], object]]], device: object
+    ) -> str:
+        kinds.append(kind)
+        for way in prepare().values():
+            way()  # each can be run
+        return winner
+
+    monkeypatch.setattr(fused_kernels, "fastest", fastest)
+    op = FlashAttention()
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in draw(20, num_keys))
+    mask = None
+    if with_mask:
+        mask = torch.rand(2, 1, 1, num_keys, generator=torch.Generator().manual_seed(2)) < 0.5
+        mask[0] = False  # queries without a key
+    y = op(q, k, v, mask=mask, is_causal=True)
+    assert op.last_run == winner and kinds == [("attention", "cpu", str(dtype), torch.get_num_threads())]
+    wide = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = DenseAttention()(*wide, mask=mask, is_causal=True)
+    grads = torch.autograd.grad(y.sum(), (q, k, v))
+    exact = torch.autograd.grad(expected.sum(), wide)
+    for ours, theirs in zip((y, *grads), (expected, *exact), strict=True):
+        # each result is rounded once, and in "sdpa" weights and gradients of scores are too
+        bound = 4 * torch.finfo(dtype).eps * max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
+    with torch.no_grad():
+        op(q, k, v, is_causal=True)
+    assert op.last_run == "sdpa" and len(kinds) == 1
+
+
+def test_triton_is_asked_for_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependencyError, match=r"triton is not installed.*transformer-problems\[gpu\]"):
+        FlashAttention(backend="triton")
+
+
+def test_triton_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    op = FlashAttention(backend="triton")
+    assert op.runs == "triton" and not op.accepts_bias
+    with pytest.raises(CombinationError, match="ALiBi adds a bias to the scores, which FlashAttention never forms"):
+        SelfAttention(32, HEADS, op=op, position=ALiBi(HEADS))
+    q, k, v = (x.detach() for x in draw(6, 6))
+    places = torch.arange(6)
+    with pytest.raises(CombinationError, match="bias must be None for backend='triton'; got that of ALiBi. Use"):
+        op(q, k, v, bias=PositionBias(ALiBi(HEADS), q, places, places))
+    with pytest.raises(ArgumentError, match=r"mask must be a key mask .* FlashAttention\(backend='triton'\)"):
+        op(q, k, v, mask=torch.ones(6, 6, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="must be float16, bfloat16 or float32, all the same, for Triton; got"):
+        op(q, k, v)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -283,3 +355,21 @@ def test_a_single_query_in_half_precision_is_rounded_once(dtype: torch.dtype, wi
     assert ours.dtype == dtype
     # float32 all the way, then one rounding to `dtype`: half a step of the largest values, about 1
     torch.testing.assert_close(ours.double(), exact, atol=torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_auto_on_a_gpu_takes_what_won_the_race(with_mask: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 200, 64, generator=generator, device="cuda").bfloat16().unbind()
+    mask = torch.arange(200, device="cuda").expand(2, 1, 1, 200) % 3 > 0 if with_mask else None
+    op = FlashAttention()
+    y = op(q, k, v, mask=mask, is_causal=True)
+    assert op.last_run in ("sdpa", "triton") and any(kind[1] == str(q.device) for kind in raced())
+    exact = DenseAttention()(q.double(), k.double(), v.double(), mask=mask, is_causal=True)
+    # inputs are exact; weights and the output, up to about 4, are rounded once each
+    torch.testing.assert_close(y.double(), exact, atol=4 * torch.finfo(torch.bfloat16).eps, rtol=0)
+    op(q, k, v, mask=torch.ones(200, 200, dtype=torch.bool, device="cuda"))
+    assert op.last_run == "sdpa"

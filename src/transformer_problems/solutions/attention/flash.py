@@ -1,6 +1,5 @@
 """FlashAttention: exact softmax attention without the N x M matrix in memory."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,13 +7,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import UnknownNameError
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles, masked, part_of, wide
-from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, match_heads
+from transformer_problems.kernels.flash_attention_triton import has_triton
+from transformer_problems.solutions.attention.fused_kernels import by_sdpa, by_triton, is_better_widened, triton_wins
+from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles, part_of, wide
+from transformer_problems.solutions.attention.scores import check_shapes, match_heads
 
-Backend = Literal["auto", "sdpa", "tiled"]
-_WIDENED_SCORES = 2**14  # scores of single queries for which a float32 copy of keys and values is small and pays
+Backend = Literal["auto", "sdpa", "tiled", "triton"]
 
 
 class FlashAttention(nn.Module):
@@ -26,22 +27,34 @@ class FlashAttention(nn.Module):
 
     Memory is linear for attention without a mask, with key masks and, in "tiled", with a bias that needs no gradient.
     A bias that needs one is formed whole. "sdpa" holds an N x M mask for every bias, for a causal mask beside a key
-    mask, and for causal attention of 1 < N < M.
+    mask, and for causal attention of 1 < N < M; "triton" never holds one.
+
+    Half precision on a CPU is computed in float32 where PyTorch's kernel is slower than that: for a few single queries,
+    and for training without a bias where a short race, run once, finds it so (on processors without matrix instructions
+    for the dtype). What is saved for the backward pass stays in half precision.
 
     Args:
         backend: "sdpa" is PyTorch's scaled_dot_product_attention, which picks its fastest kernel; "tiled" is the
-            algorithm written out, on any device; "auto" is "sdpa".
+            algorithm written out, on any device; "triton" is this package's kernels for GPUs, without a bias and with
+            key masks only (`flash_attention_triton` says what else). "auto" is "sdpa", but for half precision on a
+            GPU where "triton" takes the call and wins a race against it, run once for each kind of call. Compiled
+            graphs and exports hold "sdpa".
         block_size: Queries and keys in one tile of "tiled".
 
     Attributes:
-        runs: The back end that answers every call, "sdpa" or "tiled".
+        runs: The back end that answers: "sdpa", "tiled" or "triton". With "auto" it is "sdpa", which answers whatever
+            Triton does not; `last_run` says which did.
+        last_run: What answered the latest call of any thread: "sdpa", "sdpa in float32", "tiled" or "triton"; None
+            before the first. Compiled graphs do not set it.
 
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
     Raises:
         UnknownNameError: If there is no such back end.
-        ArgumentError: If `block_size` is not positive, or q, k, v and mask do not fit each other.
+        MissingDependencyError: If "triton" is asked for and not installed.
+        ArgumentError: If `block_size` is not positive, q, k, v and mask do not fit each other, or "triton" was asked
+            for and cannot take the call.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135, algorithms 1, 2 and 4. Differs from the paper: queries are the outer loop
@@ -54,8 +67,13 @@ class FlashAttention(nn.Module):
         if backend not in get_args(Backend):
             raise UnknownNameError("backend", backend, get_args(Backend))
         require_positive_int(block_size=block_size)
-        self.runs: Literal["sdpa", "tiled"] = "tiled" if backend == "tiled" else "sdpa"
+        if backend == "triton":
+            require("triton", extra="gpu")
+        self.runs: Literal["sdpa", "tiled", "triton"] = "sdpa" if backend == "auto" else backend
+        self._may_race = backend == "auto" and has_triton()
+        self.accepts_bias = backend != "triton"
         self.block_size = block_size
+        self.last_run: str | None = None
 
     def forward(
         self,
@@ -68,9 +86,15 @@ class FlashAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         check_shapes(q, k, v, mask)
+        if self.runs == "triton" or (self._may_race and triton_wins(q, k, v, bias, mask, is_causal)):
+            self._tell("triton")
+            return by_triton(q, k, v, bias, mask, is_causal)
         k, v = match_heads(q, k), match_heads(q, v)
         if self.runs == "sdpa":
-            return _sdpa(q, k, v, bias, mask, is_causal)
+            widened = is_better_widened(q, k, v, bias)
+            self._tell("sdpa in float32" if widened else "sdpa")
+            return by_sdpa(q, k, v, bias, mask, is_causal, widened=widened)
+        self._tell("tiled")
         dense = bias.dense() if bias is not None and _needs_gradient(bias) else None
         lazy = bias if dense is None else None
         out: Tensor = _Tiled.apply(q, k, v, dense, lazy, mask, is_causal, self.block_size)  # type: ignore[no-untyped-call]
@@ -79,48 +103,15 @@ class FlashAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"runs={self.runs!r}, block_size={self.block_size}"
 
+    def _tell(self, ran: str) -> None:
+        if self.last_run != ran and not torch.compiler.is_compiling():
+            self.last_run = ran
+
 
 def _needs_gradient(bias: PositionBias) -> bool:
     """Whether anything the bias is made of is being trained; asked of its first score alone."""
     first = slice(0, 1)
     return bias.tile(first, first).requires_grad
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """PyTorch's kernel, which wants four dimensions, one mask without empty rows, and N = M where it is causal."""
-    lead, num_queries, num_keys = q.shape[:-3], q.shape[-2], k.shape[-2]
-    native_causal = is_causal and bias is None and mask is None and bool(num_queries == num_keys)  # bool: for exports
-    if is_causal and not native_causal and num_queries > 1:  # one query is the last token and sees every key
-        causal = causal_mask(num_queries, num_keys, q.device)
-        mask = causal if mask is None else mask & causal
-    empty = None
-    if mask is not None:
-        empty = ~mask.any(dim=-1, keepdim=True)
-        mask = mask | empty
-    attn_mask = mask if bias is None else masked(bias.dense().to(q.dtype), mask)
-    q, k, v = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (q, k, v))  # -1 fails without queries
-    attn_mask = None if attn_mask is None else _flattened(attn_mask, lead)
-    dtype = v.dtype
-    if _better_widened(q, k):
-        q, k, v = q.float(), k.float(), v.float()
-        if attn_mask is not None and attn_mask.dtype != torch.bool:
-            attn_mask = attn_mask.float()
-    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=native_causal).to(dtype)
-    y = y.reshape(*lead, *y.shape[-3:])
-    return y if empty is None else y.masked_fill(empty, 0.0)
-
-
-def _better_widened(q: Tensor, k: Tensor) -> bool:
-    """Whether float32 copies are faster: PyTorch's CPU kernel takes a single query in half precision 2 to 3x slower."""
-    is_half = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    return is_half and q.shape[-2] == 1 and q.shape[:-1].numel() * k.shape[-2] <= _WIDENED_SCORES
-
-
-def _flattened(mask: Tensor, lead: torch.Size) -> Tensor:
-    """A mask or bias broadcastable to [*lead, H, N, M] with `lead` as one dimension."""
-    rank = len(lead) + 3
-    mask = mask[(None,) * (rank - mask.dim())]
-    return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
 
 
 class _Tiled(torch.autograd.Function):
