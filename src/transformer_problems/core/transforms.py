@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 
-TransformKind = Literal["share", "prune", "scale", "fuse", "adapt", "quantize"]
+TransformKind = Literal["share", "prune", "scale", "fold", "fuse", "adapt", "quantize"]
 
 # (done before, asked for now) -> why that makes no sense. A pair that is not here is allowed.
 _MEANINGLESS: dict[tuple[TransformKind, TransformKind], str] = {
