@@ -114,8 +114,8 @@ def x_scale(chart: Chart, lines: Iterable[Line], width: float, size: float) -> S
     ticks = xs
     if kind == "linear" and len(xs) > 1:
         ticks = [t for t in _linear_ticks(xs[0], xs[-1], 5) if ends.low <= t <= ends.high]
-    elif kind == "log" and len(xs) > _MOST_MEASURED_TICKS:
-        ticks = [t for t in _log_ticks(xs[0], xs[-1]) if xs[0] <= t <= xs[-1]]
+    elif kind == "log" and (chart.x_metric or len(xs) > _MOST_MEASURED_TICKS):  # a measured x is no round number
+        ticks = [t for t in _log_ticks(10**ends.low, 10**ends.high) if ends.low <= _WARPS[kind](t) <= ends.high]
     kept = _thin(ticks, ends, width, size)
     return Scale(kind, ends.low, ends.high, tuple(kept), tuple(format_tick(t) for t in kept))
 

@@ -92,7 +92,7 @@ class LargeModelSize:
         Effect("stored_bytes", "ratio", ("fewer bytes stored", "more bytes stored"), "last", "at width {x:,.0f}"),
     )
     costs = (
-        Effect("accuracy", "difference", ("points fewer right", "points more right"), scale=100),
+        Effect("accuracy", "difference", ("points fewer right answers", "points more right answers"), scale=100),
         Effect("stored_bytes", "ratio", ("fewer bytes stored", "more bytes stored"), "last"),
     )
     shared_examples = frozenset({"accuracy"})

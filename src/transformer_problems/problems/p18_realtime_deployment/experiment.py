@@ -62,6 +62,7 @@ class RealTimeDeployment:
         Arm("int8_static", "int8, static", "quantization"),
         Arm("pruned", "Half the heads and neurons", "pruning", lead=True),
         Arm("distilled", "Distilled, half the layers", "distillation", lead=True),
+        Arm("edge", "MobileViT, norms folded", "edge-optimized-transformers", lead=True),
         Arm("onnx", "ONNX Runtime", "onnx", lead=True),
         Arm("onnx_int8", "ONNX Runtime, int8", "onnx"),
     )
@@ -87,7 +88,7 @@ class RealTimeDeployment:
     )
     gains = (Effect("p95_s", "ratio", ("faster at the 95th percentile", "slower at the 95th percentile")),)
     costs = (
-        Effect("accuracy", "difference", ("points fewer right", "points more right"), scale=100),
+        Effect("accuracy", "difference", ("points fewer right answers", "points more right answers"), scale=100),
         Effect("cold_start_s", "ratio", ("faster cold start", "slower cold start")),
         Effect("resident_bytes", "ratio", ("less resident memory", "more resident memory")),
         Effect("file_bytes", "ratio", ("smaller file", "larger file")),

@@ -30,7 +30,7 @@ def served_model(bench: Bench, plan: ImagePlan) -> nn.Module:
         model = pruning(_started(bench, plan))
         _learn(bench, model, _labelled_loss(bench, plan, "finishing"), plan.finishing_steps)
         return model
-    model = finished(bench, plan)
+    model = _mobile(bench, plan) if arm == "edge" else finished(bench, plan)
     done = treatment(arm, [_calibration_images().to(bench.device)])
     return model if done is None else done(model).eval()
 
@@ -85,6 +85,14 @@ def _distilled(bench: Bench, plan: ImagePlan) -> nn.Module:
 
     _learn(bench, student, loss, plan.finishing_steps)
     return student
+
+
+def _mobile(bench: Bench, plan: ImagePlan) -> nn.Module:
+    """Another architecture, trained from its start for as many steps as all training of the baseline."""
+    with seeded(bench.cell.seed, "model"):
+        model = build_model("edge", plan).to(bench.device)
+    _learn(bench, model, _labelled_loss(bench, plan, "learning"), plan.steps + plan.finishing_steps)
+    return model.eval()
 
 
 def _recipe(bench: Bench, stage: str, plan: ImagePlan) -> dict[str, object]:
