@@ -23,7 +23,7 @@ from transformer_problems.problems.p18_realtime_deployment.serving import (
     request_path,
     store_torch,
 )
-from transformer_problems.problems.p18_realtime_deployment.training import finished, served_model, tested_images
+from transformer_problems.problems.p18_realtime_deployment.training import finished, served_model, asked_images
 from transformer_problems.solutions.deployment.onnx_export import export_onnx
 from transformer_problems.solutions.deployment.onnx_quantize import quantize_onnx
 from transformer_problems.solutions.deployment.onnx_session import OnnxSession
@@ -99,7 +99,7 @@ class RealTimeDeployment:
         return _SIZES[scale].seeds
 
     def measure(self, bench: Bench) -> Iterator[Measurement]:
-        size, arm, tested = _SIZES[bench.cell.scale], bench.cell.arm, tested_images()
+        size, arm, tested = _SIZES[bench.cell.scale], bench.cell.arm, asked_images()
         model = served_model(bench, size.plan).eval()
         bench.progress(0.5)
         with tempfile.TemporaryDirectory() as name:

@@ -47,7 +47,7 @@ def finished(bench: Bench, plan: ImagePlan) -> nn.Module:
     )
 
 
-def tested_images() -> Images:
+def asked_images() -> Images:
     """What every arm is asked."""
     return upscaled(load_digit_images()[1], SIDE)
 
