@@ -7,13 +7,17 @@ import pkgutil
 import pytest
 
 from transformer_problems.checkpoints import bundled
-from transformer_problems.solutions import interpretability, training
+from transformer_problems.models import audio, pyramid, swin, video, vision
+from transformer_problems.solutions import interpretability, tokens, training
+from transformer_problems.solutions.attention import shifted_windows, spatial_reduction
+from transformer_problems.solutions.position import learned_grid
 
 MODULES = [
     bundled,
+    *(audio, pyramid, swin, video, vision, shifted_windows, spatial_reduction, learned_grid),
     *(
         importlib.import_module(found.name)
-        for role in (interpretability, training)
+        for role in (interpretability, tokens, training)
         for found in pkgutil.iter_modules(role.__path__, f"{role.__name__}.")
     ),
 ]
@@ -37,3 +41,10 @@ def test_the_names_that_a_recipe_is_built_from_have_examples() -> None:
     assert {"TrainingRecipe", "adam", "adamw", "Warmup", "GradientClipping", "first_nonfinite_layer"} <= shown
     assert {"mask_tokens", "transfer_weights", "linear_probe"} <= shown
     assert {"layerwise_learning_rates", "GradualUnfreezing"} <= shown
+
+
+def test_what_turns_images_clips_and_sound_into_tokens_has_examples() -> None:
+    shown = {example.name.rpartition(".")[2] for example in EXAMPLES}
+    assert {"PatchEmbedding", "PatchMerging", "TubeletEmbedding", "ConvolutionalStem", "LearnedGridPositions"} <= shown
+    assert {"ConformerBlock", "ConvolutionModule", "TokenMerging", "TokenPruning", "LearnedTokenPruning"} <= shown
+    assert {"VisionTransformer", "SwinTransformer", "PyramidTransformer", "ConformerEncoder"} <= shown

@@ -32,7 +32,7 @@ def test_good_inputs_pass() -> None:
 def test_autocast_makes_dtypes_alike_itself() -> None:
     check_same_dtype("x", torch.zeros(1, device="meta"), WEIGHT.to("meta"), "Layer")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check_images(torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), WEIGHT, "PatchEmbedding")
+        check_same_dtype("images", torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), WEIGHT, "PatchEmbedding")
         y = torch.nn.functional.conv2d(torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), WEIGHT)
     assert y.shape == (1, 8, 1, 1)
     with pytest.raises(ArgumentError, match=r"x must have the dtype of Layer's weights, torch\.float32"):
@@ -86,7 +86,7 @@ def test_autocast_makes_dtypes_alike_itself() -> None:
             "clips.",
         ),
         (
-            lambda: check_images(torch.zeros(1, 3, 4, 4).double(), WEIGHT, "PatchEmbedding"),
+            lambda: check_same_dtype("images", torch.zeros(1, 3, 4, 4).double(), WEIGHT, "PatchEmbedding"),
             "images must have the dtype of PatchEmbedding's weights, torch.float32; got torch.float64. "
             "Pass images.to(torch.float32), or convert the model with model.to(torch.float64).",
         ),

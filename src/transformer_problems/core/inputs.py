@@ -55,29 +55,29 @@ def check_images(images: Tensor, weight: Tensor, owner: str) -> None:
     """Refuse what are no images for the first weight, [C_out, C_in, ...], of a module named `owner`.
 
     Raises:
-        ArgumentError: Unless they are of its dtype, [B, C_in, H, W].
+        ArgumentError: Unless they are floating point [B, C_in, H, W].
     """
     remedy = (
         f"Give one image as images[None], channels last as images.movedim(-1, 1), or build {owner} with in_channels of "
         "your images."
     )
-    _check_pixels("images", "H, W", images, weight, owner, remedy)
+    _check_pixels("images", "H, W", images, weight, remedy)
 
 
 def check_clips(clips: Tensor, weight: Tensor, owner: str) -> None:
     """Refuse what are no clips for the first weight, [C_out, C_in, ...], of a module named `owner`.
 
     Raises:
-        ArgumentError: Unless they are of its dtype, [B, C_in, T, H, W].
+        ArgumentError: Unless they are floating point [B, C_in, T, H, W].
     """
     remedy = (
         f"Give one clip as clips[None], frames first as clips.transpose(1, 2), or build {owner} with in_channels of "
         "your clips."
     )
-    _check_pixels("clips", "T, H, W", clips, weight, owner, remedy)
+    _check_pixels("clips", "T, H, W", clips, weight, remedy)
 
 
-def _check_pixels(name: str, axes: str, pixels: Tensor, weight: Tensor, owner: str, remedy: str) -> None:
+def _check_pixels(name: str, axes: str, pixels: Tensor, weight: Tensor, remedy: str) -> None:
     layout = f"[B, {weight.shape[1]}, {axes}]"
     if not isinstance(pixels, Tensor):
         raise ArgumentError(
@@ -90,7 +90,6 @@ def _check_pixels(name: str, axes: str, pixels: Tensor, weight: Tensor, owner: s
         raise ArgumentError(f"{name} must be floating point {layout}; got {shown(pixels)}. Pass {name}.{scaled}.")
     if pixels.dim() != weight.dim() or pixels.shape[1] != weight.shape[1]:
         raise ArgumentError(f"{name} must be floating point {layout}; got {shown(pixels)}. {remedy}")
-    check_same_dtype(name, pixels, weight, owner)
 
 
 def shown(value: object) -> str:

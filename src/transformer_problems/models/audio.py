@@ -44,6 +44,15 @@ class ConformerEncoder(nn.Module):
     Source:
         Gulati et al. 2020, arXiv:2005.08100, figure 1. Differs from the paper: a linear projection stands in place of
         its convolutional subsampling, and pooling with a linear head in place of its transducer.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import ConformerBlock, ConformerEncoder, SelfAttention
+        >>> def block():
+        ...     return ConformerBlock(64, SelfAttention(64, num_heads=4, is_causal=False), kernel_size=15)
+        >>> model = ConformerEncoder(40, 64, num_layers=2, num_classes=10, block=block)
+        >>> model(torch.randn(8, 100, 40)).shape
+        torch.Size([8, 10])
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class ConformerEncoder(nn.Module):
                 f"features must be [B, N, {self.num_features}] of one frame or more; got {list(features.shape)}. "
                 "Give one sequence as features[None]."
             )
-        check_same_dtype("features", features, self.projection.weight, "ConformerEncoder")
+        check_same_dtype("features", features, self.norm.weight, "ConformerEncoder")
         check_key_mask(key_mask, features)
         positions = token_positions(features.shape[1], features.device)
         x = self.blocks(self.projection(features), key_mask=key_mask, positions=positions)

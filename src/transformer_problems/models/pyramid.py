@@ -68,11 +68,11 @@ class PyramidTransformer(nn.Module):
         images: [B, C_in, H, W]; output: logits [B, K].
 
     Raises:
-        ArgumentError: If there are no stages, a size is not positive, or an image does not fit.
+        ArgumentError: If `stages` is no tuple of one stage or more, a size is not positive, or an image does not fit.
 
     Source:
-        Wang et al. 2021, arXiv:2102.12122, section 3; overlapping patches and convolution: Wang et al. 2021,
-        arXiv:2106.13797, section 3. Differs from the papers: no dropout of layers (stochastic depth).
+        Wang et al. 2021, arXiv:2102.12122, section 3; overlapping patches, convolution and pooled sizes (PVT v2):
+        Wang et al. 2021, arXiv:2106.13797, section 3. Differs from the papers: no dropout of layers (stochastic depth).
 
     Example:
         >>> from transformer_problems import PyramidStage, PyramidTransformer

@@ -52,8 +52,8 @@ class JointVideoEncoder(nn.Module):
 
     Raises:
         CombinationError: If a mixer's causality or width, or an embedding of images, does not fit.
-        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or a clip
-            does not fit the embedding.
+        ArgumentError: If a size is not positive, `tubelets` makes no tokens, `mixer` is no function that makes mixers,
+            or a clip does not fit the embedding.
         UnknownNameError: If there is no such pool.
 
     Source:
@@ -115,8 +115,8 @@ class FactorisedVideoEncoder(nn.Module):
 
     Raises:
         CombinationError: If a mixer's causality or width, or an embedding of images, does not fit.
-        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or a clip
-            does not fit the embedding.
+        ArgumentError: If a size is not positive, `tubelets` makes no tokens, `mixer` is no function that makes mixers,
+            or a clip does not fit the embedding.
         UnknownNameError: If there is no such pool.
 
     Source:

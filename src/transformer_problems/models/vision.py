@@ -61,8 +61,8 @@ class VisionTransformer(nn.Module):
 
     Raises:
         CombinationError: If a mixer's causality or width, the long skips, or an embedding of clips do not fit.
-        ArgumentError: If a size is not positive, a part is not what makes it or makes no tokens or mixers, or an
-            image does not fit the embedding.
+        ArgumentError: If a size is not positive, `patches` makes no tokens, `mixer` is no function that makes mixers,
+            or an image does not fit the embedding.
         UnknownNameError: If there is no such pool.
 
     Source:

@@ -128,6 +128,7 @@ def test_an_image_is_cut_by_channel_row_and_column() -> None:
     assert module.cut(images)[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
     assert module.cut(images)[0, 2].tolist() == [8, 9, 12, 13, 24, 25, 28, 29]
     assert module.cut(images).shape == (1, 4, module.patch_dim)
+    assert module.cut(images.double()).dtype == torch.float64  # no weight is met
 
 
 def test_images_of_half_precision_and_no_images() -> None:

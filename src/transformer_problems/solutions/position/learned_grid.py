@@ -28,6 +28,13 @@ class LearnedGridPositions(nn.Module):
     Source:
         Dosovitskiy et al. 2021, arXiv:2010.11929, sections 3.1 and 3.2.
         Differs from the paper: bicubic, where it does not say which interpolation is used.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import LearnedGridPositions
+        >>> positions = LearnedGridPositions(8, 8, embed_dim=64)
+        >>> positions(torch.randn(2, 12 * 10, 64), (12, 10)).shape  # the table stretched over a larger image
+        torch.Size([2, 120, 64])
     """
 
     def __init__(

@@ -48,6 +48,13 @@ class ConformerBlock(nn.Module):
     Source:
         Gulati et al. 2020, arXiv:2005.08100, sections 2.1 to 2.4 and figure 1. Differs from the paper: no dropout; the
         kernel has 31 frames where the paper has 32.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import ConformerBlock, SelfAttention, TransformerXLRelative
+        >>> attention = SelfAttention(64, num_heads=4, position=TransformerXLRelative(64, 4), is_causal=False)
+        >>> ConformerBlock(64, attention, kernel_size=15)(torch.randn(8, 100, 64)).shape
+        torch.Size([8, 100, 64])
     """
 
     def __init__(

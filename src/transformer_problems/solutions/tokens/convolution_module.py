@@ -99,6 +99,12 @@ class ConvolutionModule(nn.Module):
     Source:
         Gulati et al. 2020, arXiv:2005.08100, section 2.2. Differs from the paper: the layer norm in front and the
         skip are left to the block; no dropout; the kernel has 31 frames where the paper has 32.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import ConvolutionModule
+        >>> ConvolutionModule(64, kernel_size=15)(torch.randn(8, 100, 64)).shape
+        torch.Size([8, 100, 64])
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple_of, require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.core.inputs import check_images
+from transformer_problems.core.inputs import check_images, check_same_dtype
 
 Downsampling = Literal["stride", "pool"]
 
@@ -102,7 +102,9 @@ class ConvolutionalStem(nn.Module):
         return f"num_stages={self.num_stages}, downsampling={self.downsampling!r}"
 
     def _check_images(self, images: Tensor) -> None:
-        check_images(images, next(self.stages.parameters()), "ConvolutionalStem")
+        weight = next(self.stages.parameters())
+        check_images(images, weight, "ConvolutionalStem")
+        check_same_dtype("images", images, weight, "ConvolutionalStem")
         rows, columns = self.grid(*images.shape[2:])
         num_tokens = len(images) * rows * columns
         if self.downsampling == "stride" and self.training and num_tokens < 2:

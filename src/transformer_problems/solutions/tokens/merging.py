@@ -27,6 +27,14 @@ class TokenMerging(nn.Module):
     Source:
         Bolya et al. 2023, arXiv:2210.09461, section 3. Differs from the paper: sequences of different lengths
         share a batch, and keys are compared as attention sees them, rotated where positions rotate them.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import Encoder, ReducingEncoder, SelfAttention, TokenMerging, WatchedAttention
+        >>> encoder = Encoder(256, 64, 2, lambda: SelfAttention(64, 4, op=WatchedAttention(), is_causal=False))
+        >>> shrinking = ReducingEncoder(encoder, [TokenMerging(0.25), None])
+        >>> [tokens.x.shape[1] for tokens in shrinking.trace(torch.randint(256, (1, 100)))]
+        [75, 75]
     """
 
     def __init__(self, merge: float, *, num_protected: int = 1) -> None:

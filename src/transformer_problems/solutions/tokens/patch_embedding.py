@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_flag, require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.inputs import check_images
+from transformer_problems.core.inputs import check_images, check_same_dtype
 
 
 class PatchEmbedding(nn.Module):
@@ -35,6 +35,13 @@ class PatchEmbedding(nn.Module):
     Source:
         Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1; overlap: Wang et al. 2021, arXiv:2106.13797, section
         3.2. Differs from the latter: no norm after the projection.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import PatchEmbedding
+        >>> patches = PatchEmbedding(64, patch_size=4, pad=True)
+        >>> patches(torch.rand(2, 3, 30, 32)).shape, patches.grid(30, 32)
+        (torch.Size([2, 64, 64]), (8, 8))
     """
 
     def __init__(
@@ -71,11 +78,14 @@ class PatchEmbedding(nn.Module):
         return self.in_channels * self.patch_size**2
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.stride < self.patch_size:
-            tokens: Tensor = self.projection(self._padded(images)).flatten(2).transpose(1, 2)
+        overlap = self.stride < self.patch_size
+        x = self._padded(images) if overlap else self.cut(images)
+        check_same_dtype("images", x, self.projection.weight, "PatchEmbedding")
+        if overlap:
+            tokens: Tensor = self.projection(x).flatten(2).transpose(1, 2)
             return tokens
         # the same sums as one matrix product
-        return nn.functional.linear(self.cut(images), self.projection.weight.flatten(1), self.projection.bias)
+        return nn.functional.linear(x, self.projection.weight.flatten(1), self.projection.bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of such an image.

@@ -28,6 +28,12 @@ class PatchMerging(nn.Module):
         Liu et al. 2021, arXiv:2103.14030, section 3.1; clips: Liu et al. 2021, arXiv:2106.13230, section 3.1.
         Differs from the papers: the norm, and the order of the four tokens (column by column), which they leave open,
         are those of the authors' code.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import PatchMerging
+        >>> PatchMerging(32)(torch.randn(2, 7, 8, 32)).shape
+        torch.Size([2, 4, 4, 64])
     """
 
     def __init__(

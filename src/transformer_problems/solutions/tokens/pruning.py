@@ -32,6 +32,14 @@ class TokenPruning(nn.Module):
     Source:
         Goyal et al. 2020, arXiv:2001.08950 (attention-based scoring, static counts per layer).
         Differs from the paper: the schedule is given, not learned by a soft-extract layer.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import Encoder, ReducingEncoder, SelfAttention, TokenPruning, WatchedAttention
+        >>> encoder = Encoder(256, 64, 2, lambda: SelfAttention(64, 4, op=WatchedAttention(), is_causal=False))
+        >>> shrinking = ReducingEncoder(encoder, [TokenPruning(0.5), None])
+        >>> [tokens.x.shape[1] for tokens in shrinking.trace(torch.randint(256, (1, 100)))]
+        [50, 50]
     """
 
     def __init__(self, keep: float, *, num_protected: int = 1) -> None:
@@ -76,6 +84,16 @@ class LearnedTokenPruning(nn.Module):
     Source:
         Kim et al. 2022, arXiv:2107.00910. Differs from the paper: the soft mask weighs a
         token's share in later attention instead of multiplying its hidden state, which the next pre-norm would undo.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import Encoder, LearnedTokenPruning, ReducingEncoder, SelfAttention
+        >>> from transformer_problems import WatchedAttention
+        >>> encoder = Encoder(256, 64, 2, lambda: SelfAttention(64, 4, op=WatchedAttention(), is_causal=False))
+        >>> shrinking = ReducingEncoder(encoder, [LearnedTokenPruning(0.002), None])
+        >>> trace = shrinking.train().trace(torch.randint(256, (1, 100)))
+        >>> trace[-1].x.shape[1], bool(trace[-1].sizes.min() < 1)  # all stay while the threshold learns
+        (100, True)
     """
 
     def __init__(

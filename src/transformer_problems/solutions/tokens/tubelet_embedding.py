@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_flag, require_multiple_of, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 from transformer_problems.core.fit import check_built_for
-from transformer_problems.core.inputs import check_clips, shown
+from transformer_problems.core.inputs import check_clips, check_same_dtype, shown
 from transformer_problems.solutions.tokens.patch_embedding import PatchEmbedding
 
 Initialisation = Literal["central", "inflate"]
@@ -135,6 +135,7 @@ class TubeletEmbedding(nn.Module):
     def _cut(self, clips: Tensor) -> Tensor:
         """The pixels of each tubelet, [B, C_in, T, H, W] -> [B, N, C_in * t * P * P], as the projection orders them."""
         check_clips(clips, self.projection.weight, "TubeletEmbedding")
+        check_same_dtype("clips", clips, self.projection.weight, "TubeletEmbedding")
         sizes = (self.tubelet_len, self.patch_size, self.patch_size)
         steps, rows, columns = self.grid(*clips.shape[2:])
         after, below, right = (
