@@ -96,7 +96,7 @@ def check(case: Case, dtype: torch.dtype, is_causal: bool) -> None:
 @on_device
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_outputs_and_gradients_are_those_of_the_formula(dtype: torch.dtype, case: Case, is_causal: bool) -> None:
     check(case, dtype, is_causal)
 
@@ -177,7 +177,7 @@ def test_a_key_mask_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("part", ["float32", "not float32"])
 def test_everything_above_holds_in_the_interpreter(part: str) -> None:
     """Triton reads the variable when it is first imported, and so does the compiler of other tests: a process apart."""
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-k", f"{part}"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-k", f"{part}"]
     done = subprocess.run(
         [*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
