@@ -125,7 +125,7 @@ def test_the_finding_names_the_fewest_and_the_most_there_are(make, arm: str, tmp
         told += f", with {most} it gets {all_:.0%}" if most > fewest else ""
         finding = EXPERIMENT.finding(results)
         assert finding.startswith(f"{told};" if arm == "vit" else f"{told}.")
-        assert ("its first layer looks across" in finding) == (arm == "vit")
+        assert ("its first layer then looks across" in finding) == (arm == "vit")
         assert f"at 20 training examples, and here are {most}." in EXPERIMENT.notes(results)[0]
 
 

@@ -23,7 +23,7 @@ from transformer_problems.problems.p18_realtime_deployment.serving import (
     request_path,
     store_torch,
 )
-from transformer_problems.problems.p18_realtime_deployment.training import served_model, asked_images
+from transformer_problems.problems.p18_realtime_deployment.training import asked_images, served_model
 from transformer_problems.solutions.compression.int8 import Int8Linear
 
 EXPERIMENT = p18.EXPERIMENT

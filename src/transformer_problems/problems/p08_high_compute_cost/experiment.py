@@ -42,7 +42,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size((64, 128), TextPlan(2, 30, 15, batch_size=8, num_tested=40), seeds=1),
-    "standard": _Size((128, 256), TextPlan(4, 200, 100, batch_size=8, num_tested=200), seeds=3),
+    "standard": _Size((128, 256), TextPlan(4, 120, 60, batch_size=8, num_tested=200), seeds=3),
     "full": _Size((256, 512, 1024), TextPlan(8, 4_000, 2_000, batch_size=64, num_tested=800), seeds=5),
 }
 

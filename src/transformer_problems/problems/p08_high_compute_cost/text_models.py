@@ -35,6 +35,7 @@ from transformer_problems.solutions.position.sinusoidal import SinusoidalEncodin
 from transformer_problems.solutions.tokens.bottleneck import BottleneckBlock
 from transformer_problems.solutions.tokens.long_short import LongShortAttention
 from transformer_problems.solutions.tokens.trigram_embedding import TrigramEmbedding
+from transformer_problems.solutions.training.recipe import Regulator
 
 WINDOW = 125  # bytes, so that eight windows are the 1,000 tokens that costs are told for
 _HEAD_DIM = 32
@@ -80,18 +81,8 @@ def cheap_model(bench: Bench, width: int, plan: TextPlan) -> nn.Module:
     arm = bench.cell.arm
     if arm in CHEAP_FROM_THE_START:
         return _trained(bench, arm, width, plan)
-    if arm in ("structured", "magnitude"):
-        pruning = (
-            StructuredPruning(heads=_PRUNED, neurons=_PRUNED) if arm == "structured" else MagnitudePruning(_PRUNED)
-        )
-        pruned = pruning(_started(bench, "plain", width, plan))
-        _learn(bench, pruned, plan, plan.finishing_steps, "finishing")
-        return pruned
-    if arm == "movement":
-        movement = MovementPruning(_PRUNED)
-        moving = movement(_started(bench, "plain", width, plan))
-        _learn(bench, moving, plan, plan.finishing_steps, "finishing", movement)
-        return movement.finish(moving).eval()
+    if arm in ("structured", "magnitude", "movement"):
+        return _pruned(bench, width, plan)
     model = _trained(bench, "plain", width, plan)
     return model if arm == "float32" else _treatment(arm, bench)(model).eval()
 
@@ -153,6 +144,27 @@ def _trained(bench: Bench, kind: str, width: int, plan: TextPlan) -> nn.Module:
     return bench.models.get(_recipe(bench, "finished", kind, width, plan), build, finish)
 
 
+def _pruned(bench: Bench, width: int, plan: TextPlan) -> nn.Module:
+    """The plain model, pruned before its finishing steps, or by movement within them."""
+    arm, movement = bench.cell.arm, MovementPruning(_PRUNED)
+    prunings: dict[str, ModelTransform] = {
+        "structured": StructuredPruning(heads=_PRUNED, neurons=_PRUNED),
+        "magnitude": MagnitudePruning(_PRUNED),
+        "movement": movement,
+    }
+    regulators = (movement.regulate,) if arm == "movement" else ()
+
+    def build() -> nn.Module:
+        return prunings[arm](build_model("plain", width, plan.num_layers).to(bench.device))
+
+    def finish(model: nn.Module, checkpoint: Path) -> None:
+        model.load_state_dict(prunings[arm](_started(bench, "plain", width, plan)).state_dict())
+        _learn(bench, model, plan, plan.finishing_steps, "finishing", regulators, checkpoint=checkpoint)
+
+    pruned = bench.models.get(_recipe(bench, "finished", arm, width, plan), build, finish)
+    return movement.finish(pruned).eval() if arm == "movement" else pruned
+
+
 def _recipe(bench: Bench, stage: str, kind: str, width: int, plan: TextPlan) -> dict[str, object]:
     return {"problem": 8, "stage": stage, "kind": kind, "width": width, "seed": bench.cell.seed, **asdict(plan)}
 
@@ -163,7 +175,7 @@ def _learn(
     plan: TextPlan,
     steps: int,
     stage: str,
-    movement: MovementPruning | None = None,
+    regulators: tuple[Regulator, ...] = (),
     *,
     checkpoint: Path | None = None,
 ) -> None:
@@ -177,5 +189,5 @@ def _learn(
         logits = model(hidden.to(bench.device))
         return masked_bits_per_byte(logits, windows.to(bench.device), chosen.to(bench.device)).mean()
 
-    recipe = plain_recipe(2e-3, regulators=() if movement is None else (movement.regulate,))
+    recipe = plain_recipe(2e-3, regulators=regulators)
     train(model, loss, TrainingPlan(steps, recipe, seed=seed), checkpoint=checkpoint)

@@ -23,7 +23,7 @@ from transformer_problems.problems.p18_realtime_deployment.serving import (
     request_path,
     store_torch,
 )
-from transformer_problems.problems.p18_realtime_deployment.training import finished, served_model, asked_images
+from transformer_problems.problems.p18_realtime_deployment.training import asked_images, finished, served_model
 from transformer_problems.solutions.deployment.onnx_export import export_onnx
 from transformer_problems.solutions.deployment.onnx_quantize import quantize_onnx
 from transformer_problems.solutions.deployment.onnx_session import OnnxSession
@@ -47,7 +47,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(ImagePlan(64, 4, 30, 15, batch_size=16), blocks=4, requests=50, seeds=1),
-    "standard": _Size(ImagePlan(128, 6, 300, 150, batch_size=32), blocks=10, requests=200, seeds=3),
+    "standard": _Size(ImagePlan(128, 6, 200, 100, batch_size=32), blocks=10, requests=200, seeds=3),
     "full": _Size(ImagePlan(384, 12, 2_000, 1_000, batch_size=64), blocks=20, requests=500, seeds=5),
 }
 

@@ -22,15 +22,10 @@ _CALIBRATION = 64  # images
 def served_model(bench: Bench, plan: ImagePlan) -> nn.Module:
     """The arm's model, trained and treated, as PyTorch runs it; of the exported arms what is exported."""
     arm = bench.cell.arm
-    if arm == "distilled":
-        return _distilled(bench, plan)
     if arm == "pruned":
-        pruning = treatment(arm)
-        assert pruning is not None
-        model = pruning(_started(bench, plan))
-        _learn(bench, model, _labelled_loss(bench, plan, "finishing"), plan.finishing_steps)
-        return model
-    model = _mobile(bench, plan) if arm == "edge" else finished(bench, plan)
+        return _pruned(bench, plan)
+    makers = {"distilled": _distilled, "edge": _mobile}
+    model = makers.get(arm, finished)(bench, plan)
     done = treatment(arm, [_calibration_images().to(bench.device)])
     return model if done is None else done(model).eval()
 
@@ -70,29 +65,54 @@ def _started(bench: Bench, plan: ImagePlan) -> nn.Module:
     return bench.models.get(_recipe(bench, "started", plan), build, learn)
 
 
+def _pruned(bench: Bench, plan: ImagePlan) -> nn.Module:
+    """The model, pruned before its finishing steps."""
+    pruning = treatment("pruned")
+    assert pruning is not None
+
+    def build() -> nn.Module:
+        return pruning(build_model("pruned", plan).to(bench.device))
+
+    def finish(model: nn.Module, checkpoint: Path) -> None:
+        model.load_state_dict(pruning(_started(bench, plan)).state_dict())
+        _learn(bench, model, _labelled_loss(bench, plan, "finishing"), plan.finishing_steps, checkpoint)
+
+    return bench.models.get(_recipe(bench, "pruned", plan), build, finish)
+
+
 def _distilled(bench: Bench, plan: ImagePlan) -> nn.Module:
     """A student of half the depth that starts with layers of its teacher and learns from its answers."""
-    teacher = finished(bench, plan)
-    student = build_model("distilled", plan).to(bench.device)
-    initialise_from_layers(student, teacher)
     known = _known(bench)
 
-    def loss(model: nn.Module, step: int) -> Tensor:
-        pixels, classes = _batch(bench, plan, known, "finishing", step)
-        with torch.no_grad():
-            answers = teacher(pixels)
-        return distillation_loss(model(pixels), answers, classes)
+    def teach(student: nn.Module, checkpoint: Path) -> None:
+        teacher = finished(bench, plan)
+        initialise_from_layers(student, teacher)
 
-    _learn(bench, student, loss, plan.finishing_steps)
-    return student
+        def loss(model: nn.Module, step: int) -> Tensor:
+            pixels, classes = _batch(bench, plan, known, "finishing", step)
+            with torch.no_grad():
+                answers = teacher(pixels)
+            return distillation_loss(model(pixels), answers, classes)
+
+        _learn(bench, student, loss, plan.finishing_steps, checkpoint)
+
+    return bench.models.get(
+        _recipe(bench, "distilled", plan), lambda: build_model("distilled", plan).to(bench.device), teach
+    )
 
 
 def _mobile(bench: Bench, plan: ImagePlan) -> nn.Module:
     """Another architecture, trained from its start for as many steps as all training of the baseline."""
-    with seeded(bench.cell.seed, "model"):
-        model = build_model("edge", plan).to(bench.device)
-    _learn(bench, model, _labelled_loss(bench, plan, "learning"), plan.steps + plan.finishing_steps)
-    return model.eval()
+
+    def build() -> nn.Module:
+        with seeded(bench.cell.seed, "model"):
+            return build_model("edge", plan).to(bench.device)
+
+    def learn(model: nn.Module, checkpoint: Path) -> None:
+        steps = plan.steps + plan.finishing_steps
+        _learn(bench, model, _labelled_loss(bench, plan, "learning"), steps, checkpoint)
+
+    return bench.models.get(_recipe(bench, "edge", plan), build, learn)
 
 
 def _recipe(bench: Bench, stage: str, plan: ImagePlan) -> dict[str, object]:
