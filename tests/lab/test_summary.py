@@ -147,6 +147,15 @@ def test_gains_and_costs_against_a_further_arm_name_it() -> None:
     assert alone["longformer"].gain == "4.0x less time at 8 tokens"
 
 
+def test_what_a_verdict_rests_on_is_not_told_again_as_a_cost() -> None:
+    toy = Toy()
+    toy.costs = (*Toy.costs, Effect("latency_s", "ratio", ("less time", "more time"), "last"))
+    records = [*healthy(), *answers("dense", [0, 1]), *answers("longformer", [1, 1])]
+    row = rows_of(summarise(toy, load_catalogue(), records, {}, "quick", HERE))["longformer"]
+    assert "less time" in row.gain and "points more" in row.cost
+    assert "less time" not in row.cost
+
+
 class ToyWithNotes(Toy):
     def notes(self, results: Results) -> tuple[str, ...]:
         return (f"measured at {results.scale} scale",)

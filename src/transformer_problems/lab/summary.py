@@ -141,7 +141,8 @@ def _row(experiment: Experiment, catalogue: Catalogue, arm: Arm, results: Result
     criterion = criterion_of(catalogue, experiment.problem, arm)
     failure = reasons.get(arm.slug) or (f"its baseline: {reasons[baseline]}" if baseline in reasons else None)
     verdict = judge(experiment.problem, arm, baseline, criterion, results, failure)
-    costs = "; ".join(filter(None, (_effect_text(experiment, results, arm, cost) for cost in experiment.costs)))
+    also = [cost for cost in experiment.costs if (cost.metric, cost.at) != (criterion.metric, criterion.at)]
+    costs = "; ".join(filter(None, (_effect_text(experiment, results, arm, cost) for cost in also)))
     other = next((a.label for a in experiment.arms if a.slug == arm.baseline), "")
     return Row(
         arm,

@@ -13,7 +13,7 @@ Precision = Literal["float32", "int8"]
 
 _COUNTERS = Path("/sys/class/powercap")
 
-# Joules of an operation, at 45 nm and 0.9 V: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323, figure 1.1.9. A float32
+# Joules of an operation, at 45 nm and 0.9 V: Horowitz 2014, doi:10.1109/ISSCC.2014.6757323. A float32
 # multiplication takes 3.7 pJ and an addition 0.9 pJ; an int8 multiplication 0.2 pJ and a 32-bit addition 0.1 pJ. Eight
 # bytes from DRAM take 1.3 to 2.6 nJ, of which this is the middle.
 _PER_FLOP: dict[Precision, float] = {"float32": 2.3e-12, "int8": 0.15e-12}
@@ -43,7 +43,7 @@ def estimate_energy(*, flops: float, bytes_moved: float, precision: Precision = 
         ArgumentError: If a count is negative.
 
     Source:
-        Horowitz 2014, doi:10.1109/ISSCC.2014.6757323, figure 1.1.9.
+        Horowitz 2014, doi:10.1109/ISSCC.2014.6757323.
     """
     require_not_negative(flops=int(flops), bytes_moved=int(bytes_moved))
     return Energy(flops * _PER_FLOP[precision] + bytes_moved * _PER_BYTE, "estimate")
