@@ -55,6 +55,8 @@ from transformer_problems import (
 )
 from transformer_problems.catalogue import load_catalogue
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.solutions.attention.fused_attention import FusedSelfAttention
+from transformer_problems.solutions.attention.xformers_attention import XFormersAttention
 from transformer_problems.solutions.tokens.bottleneck import BottleneckBlock
 from transformer_problems.solutions.tokens.lightweight_convolution import LightweightConvolution
 from transformer_problems.solutions.tokens.long_short import LongShortAttention
@@ -75,6 +77,7 @@ OPS = {
     "sinks": lambda: AttentionSinks(5, num_sinks=2),
     "top_k": lambda: TopKAttention(64, block_size=16),
     "memory_efficient": lambda: MemoryEfficientAttention(query_chunk=16, key_chunk=32),
+    "xformers": XFormersAttention,
     "entmax": lambda: EntmaxAttention(1.5),
     "linformer": lambda: Linformer(101, 16, dtype=torch.float64),
     "temperature": lambda: LearnedTemperature(HEADS, initial=0.5, dtype=torch.float64),
@@ -121,6 +124,7 @@ MIXERS = {  # segments, chunks and windows so short that gradients pass what is 
     "gated": lambda: GatedAttention(SelfAttention(WIDTH, HEADS, position=RotaryEmbedding(HEAD_DIM))),
     "gated_by_head": lambda: GatedAttention(SelfAttention(WIDTH, HEADS), granularity="head"),
     "differential": lambda: DifferentialAttention(WIDTH, HEADS),
+    "fused": lambda: FusedSelfAttention(WIDTH, HEADS, is_causal=False),
     "lightweight_convolution": lambda: LightweightConvolution(WIDTH, 5, is_causal=True),
     "long_short": lambda: LongShortAttention(WIDTH, SelfAttention(WIDTH // 2, HEADS), kernel_size=5),
     "bottleneck": lambda: BottleneckBlock(WIDTH, WIDTH // 2, HEADS),
