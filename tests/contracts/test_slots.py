@@ -56,6 +56,7 @@ from transformer_problems import (
 from transformer_problems.catalogue import load_catalogue
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.solutions.attention.fused_attention import FusedSelfAttention
+from transformer_problems.solutions.attention.kernel_softmax import KernelSoftmaxAttention
 from transformer_problems.solutions.attention.xformers_attention import XFormersAttention
 from transformer_problems.solutions.tokens.bottleneck import BottleneckBlock
 from transformer_problems.solutions.tokens.lightweight_convolution import LightweightConvolution
@@ -77,6 +78,7 @@ OPS = {
     "sinks": lambda: AttentionSinks(5, num_sinks=2),
     "top_k": lambda: TopKAttention(64, block_size=16),
     "memory_efficient": lambda: MemoryEfficientAttention(query_chunk=16, key_chunk=32),
+    "kernel_softmax": KernelSoftmaxAttention,
     "xformers": XFormersAttention,
     "entmax": lambda: EntmaxAttention(1.5),
     "linformer": lambda: Linformer(101, 16, dtype=torch.float64),

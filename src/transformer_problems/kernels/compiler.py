@@ -52,9 +52,10 @@ def cache_folder() -> Path:
 def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = None) -> Path:
     """Compile one C++ file into a shared library, or find the library that an earlier call compiled.
 
-    A library is known by the hash of its source, the flags and everything that the compiler predefines under
-    them: its version and the processor's instruction sets, so a home folder may be shared by unlike machines. It
-    is compiled beside its final name and then moved there, so that processes which build it at once do not clash.
+    A library is known by the hash of its source, the headers beside it, the flags and everything that the compiler
+    predefines under them: its version and the processor's instruction sets, so a home folder may be shared by unlike
+    machines. It is compiled beside its final name and then moved there, so that processes which build it at once do
+    not clash.
 
     Args:
         folder: Where libraries are kept. Default `cache_folder()`.
@@ -67,16 +68,29 @@ def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = N
         KernelBuildError: If the compiler fails, with its own words, or the folder cannot be written.
     """
     compiler = find_compiler()
-    predefined = _run([*compiler, *flags, "-x", "c++", "-E", "-dM", os.devnull], source)
-    key = hashlib.sha256("\0".join([source.read_text(), *compiler, *flags, predefined]).encode()).hexdigest()[:24]
+    predefined = run([*compiler, *flags, "-x", "c++", "-E", "-dM", os.devnull], source)
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    return keep(source, [*compiler, *flags], "\0".join([*texts, *compiler, *flags, predefined]), folder=folder)
+
+
+def keep(source: Path, command: Sequence[str], known_by: str, *, folder: Path | None = None) -> Path:
+    """The library that a command makes of one file, compiled unless the folder has one known by the same text.
+
+    Args:
+        command: The compiler and its flags; the source and where to put the library are added.
+        known_by: All that decides what the library is.
+
+    Raises:
+        KernelBuildError: If the compiler fails, with its own words, or the folder cannot be written.
+    """
     folder = cache_folder() if folder is None else folder
-    library = folder / f"{source.stem}-{key}.so"
+    library = folder / f"{source.stem}-{hashlib.sha256(known_by.encode()).hexdigest()[:24]}.so"
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as workplace:
                 built = Path(workplace) / library.name
-                _run([*compiler, *flags, str(source), "-o", str(built)], source)
+                run([*command, str(source), "-o", str(built)], source)
                 built.replace(library)
     except OSError as error:
         raise KernelBuildError(
@@ -105,8 +119,12 @@ def load(source: Path, *, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         raise KernelBuildError(f"cannot load {library}: {error}. Delete the file to have it built anew.") from error
 
 
-def _run(command: list[str], source: Path) -> str:
-    """What the command prints."""
+def run(command: list[str], source: Path) -> str:
+    """What a compiler prints.
+
+    Raises:
+        KernelBuildError: If it fails, with its own words, or takes more than some minutes.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:

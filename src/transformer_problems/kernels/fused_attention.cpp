@@ -13,29 +13,19 @@
 #include <memory>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
 #ifdef __AVX512F__
-constexpr int64_t kVectorBytes = 64, kTileRows = 12;  // 24 sums in 32 registers
+constexpr int64_t kTileRows = 12;  // 24 sums in 32 registers
 #else
-constexpr int64_t kVectorBytes = 32, kTileRows = 6;  // 12 sums in 16 registers
+constexpr int64_t kTileRows = 6;  // 12 sums in 16 registers
 #endif
-constexpr int64_t kDepth = 128;           // terms summed at a time, whose panel of the right factor fits the first cache
+template <class T> constexpr int64_t kColumns = 2 * Wide<T>::lanes;
+constexpr int64_t kDepth = 128;           // terms summed at a time; their panel fits the first cache
 constexpr int64_t kBlock = 96;            // rows that a worker takes at a time, a multiple of kTileRows
 constexpr int64_t kScoreBytes = 1 << 19;  // of scores in work, half of a small second cache
-
-template <class T> struct Wide {
-  typedef T V __attribute__((vector_size(kVectorBytes)));
-  static constexpr int64_t lanes = kVectorBytes / sizeof(T), columns = 2 * lanes;
-};
-
-template <class T> inline typename Wide<T>::V load(const T* from) {
-  typename Wide<T>::V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class T> inline void store(T* to, typename Wide<T>::V v) { std::memcpy(to, &v, sizeof v); }
 
 inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -51,10 +41,10 @@ template <class T> struct Panels {
   int64_t depth;
 };
 
-template <class T> inline int64_t panels_size(int64_t depth, int64_t n) { return depth * up_to(n, Wide<T>::columns); }
+template <class T> inline int64_t panels_size(int64_t depth, int64_t n) { return depth * up_to(n, kColumns<T>); }
 
 template <class T> void pack_panel(View<T> b, int64_t depth, int64_t n, int64_t panel, T* panels) {
-  constexpr int64_t columns = Wide<T>::columns;
+  constexpr int64_t columns = kColumns<T>;
   T* out = panels + panel * depth * columns;
   const T* from = b.data + panel * columns * b.column;
   const int64_t count = n - panel * columns < columns ? n - panel * columns : columns;
@@ -68,14 +58,14 @@ template <class T> void pack_panel(View<T> b, int64_t depth, int64_t n, int64_t 
 
 template <class T> Panels<T> pack(View<T> b, int64_t depth, int64_t n, std::vector<T>& room) {
   if (int64_t(room.size()) < panels_size<T>(depth, n)) room.resize(panels_size<T>(depth, n));
-  for (int64_t panel = 0; panel * Wide<T>::columns < n; ++panel) pack_panel(b, depth, n, panel, room.data());
+  for (int64_t panel = 0; panel * kColumns<T> < n; ++panel) pack_panel(b, depth, n, panel, room.data());
   return {room.data(), depth};
 }
 
 template <class T>
 inline void tile(int64_t depth, const T* a, const T* b, T* c, int64_t stride, int64_t rows, int64_t count, bool add) {
   using V = typename Wide<T>::V;
-  constexpr int64_t lanes = Wide<T>::lanes, columns = Wide<T>::columns;
+  constexpr int64_t lanes = Wide<T>::lanes, columns = kColumns<T>;
   V sum[kTileRows][2] = {};
   for (int64_t p = 0; p < depth; ++p, a += kTileRows, b += columns) {
     const V left = load(b), right = load(b + lanes);
@@ -113,7 +103,7 @@ template <class T> inline void pack_rows(View<T> a, int64_t rows, int64_t terms,
 template <class T>
 void product(int64_t m, int64_t n, int64_t depth, View<T> a, Panels<T> b, T* c, int64_t stride, bool add,
              T factor = 1) {
-  constexpr int64_t columns = Wide<T>::columns;
+  constexpr int64_t columns = kColumns<T>;
   alignas(64) T left[kBlock * kDepth];
   for (int64_t i0 = 0; i0 < m; i0 += kBlock)
     for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
@@ -126,40 +116,6 @@ void product(int64_t m, int64_t n, int64_t depth, View<T> a, Panels<T> b, T* c, 
           tile(terms, left + i * terms, b.data + j * b.depth + p0 * columns, c + (i0 + i) * stride + j, stride,
                rows - i < kTileRows ? rows - i : kTileRows, n - j < columns ? n - j : columns, add || p0 > 0);
     }
-}
-
-template <class T> struct Exponent;
-template <> struct Exponent<float> {
-  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  static constexpr int mantissa = 23, terms = 8;  // 0.35^8 / 8! = 5e-9
-  static constexpr float round = 12582912.0f;     // 1.5 * 2^23: adding it rounds to a whole number, in the low bits
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, lowest = -87.0f;
-};
-template <> struct Exponent<double> {
-  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
-  static constexpr int mantissa = 52, terms = 14;  // 0.35^14 / 14! = 4e-18
-  static constexpr double round = 6755399441055744.0;
-  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10, lowest = -708.0;
-};
-
-// exp of x <= 0, or near enough to 0: 2^n times the series of the rest; 0 below `lowest`.
-template <class T> inline typename Wide<T>::V exponential(typename Wide<T>::V x) {
-  using E = Exponent<T>;
-  using V = typename Wide<T>::V;
-  const V zero{};
-  const V bounded = x < E::lowest ? zero + E::lowest : x;
-  const V shifted = bounded * T(1.4426950408889634) + E::round, n = shifted - E::round;
-  const V r = (bounded - n * E::ln2_high) - n * E::ln2_low;
-  V series = zero + T(1);
-#pragma GCC unroll 16
-  for (int k = E::terms; k > 0; --k) series = series * r * T(1.0 / k) + T(1);
-  typename E::Bits power, bits;
-  std::memcpy(&power, &shifted, sizeof power);
-  std::memcpy(&bits, &series, sizeof bits);
-  bits += power << E::mantissa;
-  V result;
-  std::memcpy(&result, &bits, sizeof result);
-  return x < E::lowest ? zero : result;
 }
 
 struct Sizes {
@@ -212,7 +168,7 @@ template <class T> int64_t query_block(const Sizes& s, int64_t stride) {
 // One head of one sequence. qkv [N, 3C] and out [N, C] of the sequence; log_sums [N] of the head, or null.
 template <class T>
 void head_forward(const Sizes& s, int64_t head, const T* qkv, const uint8_t* keys, T* out, T* log_sums, Room<T>& room) {
-  const int64_t dim = s.head_dim(), line = 3 * s.width, stride = up_to(s.tokens, Wide<T>::columns);
+  const int64_t dim = s.head_dim(), line = 3 * s.width, stride = up_to(s.tokens, kColumns<T>);
   const T *q = qkv + head * dim, *k = q + s.width, *v = k + s.width;
   const Panels<T> turned_keys = pack(View<T>{k, 1, line}, dim, s.tokens, room.keys);
   const Panels<T> values = pack(View<T>{v, line, 1}, s.tokens, dim, room.values);
@@ -240,7 +196,7 @@ void head_forward(const Sizes& s, int64_t head, const T* qkv, const uint8_t* key
 template <class T>
 void head_backward(const Sizes& s, int64_t head, const T* grad, const T* qkv, const T* out, const T* log_sums,
                    const uint8_t* keys, T* grad_qkv, Room<T>& room) {
-  const int64_t dim = s.head_dim(), line = 3 * s.width, stride = up_to(s.tokens, Wide<T>::columns);
+  const int64_t dim = s.head_dim(), line = 3 * s.width, stride = up_to(s.tokens, kColumns<T>);
   const T *q = qkv + head * dim, *k = q + s.width, *v = k + s.width, scale = T(1) / std::sqrt(T(dim));
   T *grad_q = grad_qkv + head * dim, *grad_k = grad_q + s.width, *grad_v = grad_k + s.width;
   const Panels<T> turned_keys = pack(View<T>{k, 1, line}, dim, s.tokens, room.turned);
@@ -277,7 +233,7 @@ void head_backward(const Sizes& s, int64_t head, const T* grad, const T* qkv, co
 // Within a parallel region: panels for all workers.
 template <class T> void pack_together(View<T> b, int64_t depth, int64_t n, T* panels) {
 #pragma omp for schedule(static)
-  for (int64_t panel = 0; panel < up_to(n, Wide<T>::columns) / Wide<T>::columns; ++panel)
+  for (int64_t panel = 0; panel < up_to(n, kColumns<T>) / kColumns<T>; ++panel)
     pack_panel(b, depth, n, panel, panels);
 }
 
@@ -296,9 +252,9 @@ void rows_together(int64_t m, int64_t n, int64_t depth, View<T> a, const T* pane
 template <class T> void sum_rows(const T* rows, int64_t count, int64_t n, T* sums) {
   if (!sums) return;
 #pragma omp for schedule(static)
-  for (int64_t start = 0; start < n; start += Wide<T>::columns) {
-    double total[Wide<T>::columns] = {};
-    const int64_t width = n - start < Wide<T>::columns ? n - start : Wide<T>::columns;
+  for (int64_t start = 0; start < n; start += kColumns<T>) {
+    double total[kColumns<T>] = {};
+    const int64_t width = n - start < kColumns<T> ? n - start : kColumns<T>;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < width; ++j) total[j] += double(rows[i * n + start + j]);
     for (int64_t j = 0; j < width; ++j) sums[start + j] = T(total[j]);
