@@ -179,6 +179,7 @@ def test_only_problems_with_experiments_are_ready_for_the_judge() -> None:
         12: ("latency_s", "last", "lower", "ratio", 0.1),
         13: ("finetune_peak_bytes", "last", "lower", "ratio", 0.1),
         14: ("accuracy", 0.95, "higher", "difference", 0.02),
+        15: ("auc", "last", "higher", "difference", 0.02),
         16: ("flops", "last", "lower", "ratio", 0.1),
         17: ("seconds", "last", "lower", "ratio", 0.1),
         18: ("p95_s", None, "lower", "ratio", 0.1),
