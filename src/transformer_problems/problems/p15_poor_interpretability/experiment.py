@@ -65,7 +65,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size((1, 2), ClassifierPlan(32, 48, 200, 32), 64, 32, 8, repeats=3, seeds=1),
-    "standard": _Size((1, 2, 4), ClassifierPlan(32, 48, 800, 32), 256, 128, 64, repeats=5, seeds=3),
+    "standard": _Size((1, 2, 4), ClassifierPlan(32, 48, 600, 32), 256, 96, 48, repeats=3, seeds=3),
     "full": _Size((1, 2, 4, 8), ClassifierPlan(128, 128, 10_000, 64), 1024, 512, 64, repeats=9, seeds=5),
 }
 
