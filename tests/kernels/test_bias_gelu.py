@@ -168,3 +168,12 @@ def test_a_compiled_graph_takes_it_whole() -> None:
     expected.sum().backward()
     assert torch.equal(y, expected)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(one, other, strict=True))
+
+
+def test_autograd_sees_that_x_was_overwritten() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    h = x.exp()
+    with torch.no_grad():
+        bias_gelu(h.detach(), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()

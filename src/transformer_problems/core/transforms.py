@@ -19,13 +19,15 @@ _MEANINGLESS: dict[tuple[TransformKind, TransformKind], str] = {
     ("quantize", "scale"): "the rounding that scaling would ease has happened. Scale first, then quantize",
     ("quantize", "share"): "codes cannot be shared or factorised. Share first, then quantize",
     ("quantize", "fuse"): "codes of separate layers have separate scales. Fuse first, then quantize",
+    ("scale", "scale"): "its inputs are scaled already. Undo that first",
+    ("scale", "prune"): "weights that inputs were scaled for rank otherwise. Prune first, then scale",
     ("adapt", "adapt"): "it has adapters already. Merge or undo them first",
     ("adapt", "prune"): "the adapters would be left out of the ranking. Merge them first",
     ("adapt", "scale"): "the adapters would miss the scales. Merge them first",
     ("adapt", "share"): "the adapters of the layers differ. Merge them first",
     ("adapt", "fuse"): "the adapters belong to separate layers. Merge them first",
     ("adapt", "quantize"): "adapters are trained in floats. Merge them first, or quantize first and adapt then",
-    ("fuse", "prune"): "fused projections hide their heads. Prune first, then fuse",
+    ("fuse", "prune"): "fused layers hide what would be ranked. Prune first, then fuse",
     ("fuse", "share"): "fused layers are not the ones to share. Share first, then fuse",
     ("prune", "share"): "sharing overwrites what was pruned. Share first, then prune",
 }
@@ -108,7 +110,7 @@ def replace_modules(
 ) -> list[str]:
     """Put `make(path, part)` in the place of every part that is wanted, in place, and return the paths replaced.
 
-    A part that several parents hold is made once and stays shared.
+    A part that several parents hold is made once and stays shared. What is made is in the mode of what it replaces.
     """
     made: dict[int, nn.Module] = {}
     replaced: list[str] = []
@@ -118,10 +120,21 @@ def replace_modules(
             if child is None or not wanted(path, child):
                 continue
             if id(child) not in made:
-                made[id(child)] = make(path, child)
+                made[id(child)] = make(path, child).train(child.training)
             setattr(parent, name, made[id(child)])
             replaced.append(path)
+    _leave_fast_path(model, replaced)
     return replaced
+
+
+def _leave_fast_path(model: nn.Module, replaced: Sequence[str]) -> None:
+    """Let PyTorch's own encoder layers call what was put into them: their fast path reads weights and calls nothing."""
+    for prefix, part in model.named_modules():
+        if any(path.startswith(f"{prefix}.") or not prefix for path in replaced):
+            if isinstance(part, nn.TransformerEncoderLayer):
+                part.activation_relu_or_gelu = 0  # what PyTorch asks for whether it may
+            elif isinstance(part, nn.TransformerEncoder):
+                part.use_nested_tensor = False
 
 
 def replace_linears(
@@ -153,6 +166,14 @@ def replace_linears(
     if not replaced:
         raise ArgumentError("model must hold a torch.nn.Linear that is not skipped; it holds none.")
     return replaced
+
+
+def plain_weight(layer: nn.Linear) -> Tensor:
+    """The weight [O, I] that a layer multiplies its inputs by, float32, whatever an earlier treatment keeps apart."""
+    weight, keep = layer.weight.detach().float(), getattr(layer, "keep", None)
+    weight = weight if keep is None else weight * keep
+    input_scale = getattr(layer, "input_scale", None)
+    return weight if input_scale is None else weight / input_scale
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:

@@ -46,4 +46,7 @@ def load_treated(path: Path | str, model: nn.Module, transform: ModelTransform) 
         raise ArgumentError(
             f"{path} must hold a {type(model).__name__} treated by {transform!r}; its tensors do not fit: {error}"
         ) from error
+    for name, tensor in treated.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ArgumentError(f"{path} must hold finite numbers; {name} has NaN or infinity. Save it again.")
     return treated

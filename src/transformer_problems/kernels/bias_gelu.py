@@ -59,6 +59,7 @@ def bias_gelu(
     if not x.is_contiguous():
         raise ArgumentError(f"x must be contiguous to be overwritten; got strides {x.stride()}. Pass inplace=False.")
     _INPLACE(x, bias, backend)
+    torch.autograd.graph.increment_version(x)  # or a graph that saved x would not see that it changed
     return x
 
 

@@ -72,10 +72,15 @@ def int8_product(
         UnknownNameError: If there is no such back end here.
         ArgumentError: If I is so large that sums could overflow.
     """
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != torch.int8:
+        raise ArgumentError(
+            f"x must be float32 [rows, {weight.shape[1]}] and weight int8; got {x.dtype} {list(x.shape)} and "
+            f"{weight.dtype}."
+        )
     if x.shape[1] > _LARGEST_INPUT:
         raise ArgumentError(f"inputs must be at most {_LARGEST_INPUT:,} for exact sums; got {x.shape[1]:,}.")
     run = _OPERATOR if torch.compiler.is_compiling() or _len_torch_dispatch_stack() else _product
-    y: Tensor = run(x.contiguous(), weight, weight_sums, scales, bias, x_scale or 0.0, backend)
+    y: Tensor = run(x.contiguous(), weight.contiguous(), weight_sums, scales, bias, x_scale or 0.0, backend)
     return y
 
 

@@ -289,3 +289,13 @@ def test_what_has_no_adapters_is_neither_merged_nor_undone() -> None:
     for take in (LoRA().merge, LoRA().undo):
         with pytest.raises(ArgumentError, match="model must hold adapters; this Encoder has none"):
             take(encoder())
+
+
+def test_an_adapter_file_knows_its_factor(tmp_path: Path) -> None:
+    adapted = LoRA(rank=4, alpha=16)(encoder())
+    save_adapter(adapted, tmp_path / "adapter.safetensors")
+    load_adapter(LoRA(rank=4, alpha=16)(encoder()), tmp_path / "adapter.safetensors")
+    with pytest.raises(ArgumentError, match="had 4 and has 8. Adapt the model with the same alpha"):
+        load_adapter(LoRA(rank=4, alpha=32)(encoder()), tmp_path / "adapter.safetensors")
+    with pytest.raises(ArgumentError, match="model must hold adapters; this Encoder has none"):
+        save_adapter(encoder(), tmp_path / "none.safetensors")

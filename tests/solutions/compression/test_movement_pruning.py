@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused() -> None:
         MovementPruning(0.5, warmup=0.5, cooldown=0.5)
     with pytest.raises(ArgumentError, match="must hold a torch.nn.Linear"):
         MovementPruning(0.5)(nn.Sequential(nn.Embedding(4, 4)))
-    with pytest.raises(ArgumentError, match="skip must name layers of the model; 'head' names none of 0"):
+    with pytest.raises(ArgumentError, match="unknown layer to skip 'head'. Known: 0."):
         MovementPruning(0.5, skip=("head",))(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ArgumentError, match="weights must be finite; 0.weight holds NaN"):
         MovementPruning(0.5)(one_layer([1.0, float("nan")]))

@@ -230,6 +230,25 @@ def test_pruned_models_can_be_fused() -> None:
     assert_same(Chain(FuseProjections(), FuseFeedForward())(pruned), pruned)
 
 
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(nn.functional.dropout(nn.functional.gelu(self.up(x)), 0.5, self.training))
+        return y
+
+
+def test_networks_that_do_more_in_training_or_have_hooks_are_left() -> None:
+    with pytest.raises(ArgumentError, match="computes something else"):
+        FuseFeedForward()(nn.Sequential(Dropping()).eval())
+    model = decoder()
+    model.body.blocks[0].feed_forward.register_forward_hook(lambda *_: None)
+    fused = FuseFeedForward()(model)
+    assert [type(block.feed_forward).__name__ for block in fused.body.blocks][:2] == ["FeedForward", "FusedFeedForward"]
+
+
 def test_skipped_layers_stay_and_strange_patterns_are_refused() -> None:
     model = decoder()
     fused = FuseProjections(skip=("*.blocks.0.mixer",))(model)

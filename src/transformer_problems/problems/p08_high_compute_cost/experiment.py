@@ -129,11 +129,11 @@ class HighComputeCost:
             f"of the bytes of real text, in windows of {WINDOW}. Each takes {plan.steps + plan.finishing_steps} steps "
             f"of {plan.batch_size} windows with AdamW at a peak rate of 0.002. Half the weights, or heads and neurons, "
             f"are pruned {plan.finishing_steps} steps before the end, by Wanda after it. MobileBERT has no teacher "
-            "here, on which its paper relies.",
+            "here, on which its paper relies, and layer norms in place of the paper's NoNorm.",
             "Kernels and bytes are those of PyTorch's operators, each tensor read and written once, with no cache; of "
             "the compiled graph only its kernels are counted.",
-            "Weights at zero are multiplied as any others, and int4 weights made float again before each product: both "
-            "save memory and not time.",
+            "Weights at zero are stored and multiplied as any others, and save neither memory nor time; int4 weights "
+            "are made float again before each product, and save memory alone.",
         ]
         if (counted := results.largest("float32", "energy_is_counted")) is not None and not counted:
             notes.append(

@@ -72,7 +72,7 @@ class LargeModelSize:
         better="lower",
         x_log=True,
         y_log=True,
-        draws=("full", "lora", "qlora", "shared", "pruned", "distilled"),
+        draws=("full", "lora", "qlora", "shared", "pruned"),
     )
     columns = (
         Column("stored_bytes", "bytes on disk, widest model", at="last", better="lower"),
@@ -135,6 +135,9 @@ class LargeModelSize:
             "Adapters sit beside every matrix of the layers and the head learns with them, at five times the learning "
             "rate of whole models; both rates were fixed before any run. The shared layer is shared from the beginning "
             "of pretraining, at the same width, and is asked to do the work of all.",
+            "What a student takes to fine-tune is without its teacher, a full model that runs beside it. Its size is "
+            "that of half the layers, whoever taught it; what the teacher, fine-tuned before, adds shows against the "
+            "same model without one.",
             "Bytes on disk are files. What each further task adds is the adapters and the head where the rest can be "
             "kept once, and the whole file elsewhere.",
         )

@@ -90,6 +90,13 @@ def _answer_with_onnx(folder: Path) -> int:
 def _answer_with_torch(folder: Path) -> int:
     import numpy as np
     import torch
+
+    with torch.inference_mode():
+        return int(read_torch(folder)(torch.from_numpy(np.load(request_path(folder)))).argmax())
+
+
+def read_torch(folder: Path) -> "nn.Module":
+    """The model that `store_torch` wrote."""
     from safetensors.torch import load_model
 
     from transformer_problems.core.treated_files import load_treated
@@ -102,8 +109,7 @@ def _answer_with_torch(folder: Path) -> int:
         load_model(model, str(folder / _MODEL))
     else:
         model = load_treated(folder / _MODEL, model, done)
-    with torch.inference_mode():
-        return int(model.eval()(torch.from_numpy(np.load(request_path(folder)))).argmax())
+    return model.eval()
 
 
 def _resident_bytes() -> int | None:

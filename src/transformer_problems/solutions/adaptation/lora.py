@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive, require_positive_int, require_share
@@ -89,7 +89,7 @@ class LoRA:
         return self(model)
 
     def undo(self, model: nn.Module) -> nn.Module:
-        """A copy without the adapters, as it was before; everything learns again.
+        """A copy without the adapters, whose other weights are as they are now; everything learns.
 
         Raises:
             ArgumentError: If there are no adapters.
@@ -170,11 +170,19 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: Path | str) -> int:
     """Write what `adapter_state` gives into a safetensors file, and return its bytes.
 
+    The file also tells each adapter's factor alpha / R, without which its weights say nothing.
+
     Raises:
+        ArgumentError: If the model has no adapters.
         OutputError: If the file cannot be written.
     """
+    factors = _factors_of(model)
+    if not factors:
+        raise ArgumentError(f"model must hold adapters; this {type(model).__name__} has none. Adapt it first.")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in adapter_state(model).items()}, str(path))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}, str(path), metadata=factors
+        )
     except (OSError, SafetensorError) as error:
         raise OutputError(f"path must be writable; got {path}: {error}. Choose another.") from error
     return Path(path).stat().st_size
@@ -187,7 +195,7 @@ def load_adapter(model: nn.Module, source: Mapping[str, Tensor] | Path | str) ->
         ArgumentError: If the file is missing or truncated, names or shapes are not those of what learns in the model,
             or values are not finite; the model is left as it was.
     """
-    tensors = _read(source) if isinstance(source, Path | str) else source
+    tensors = _read(source, _factors_of(model)) if isinstance(source, Path | str) else source
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     strange = sorted(own.keys() ^ tensors.keys())
     if strange:
@@ -205,11 +213,26 @@ def load_adapter(model: nn.Module, source: Mapping[str, Tensor] | Path | str) ->
             p.copy_(tensors[name])
 
 
-def _read(path: Path | str) -> dict[str, Tensor]:
+def _factors_of(model: nn.Module) -> dict[str, str]:
+    """What each adapter's change is multiplied by, by the layer's path."""
+    adapters = {path: part for path, part in model.named_modules() if isinstance(part, LoRALinear)}
+    return {path: f"{part.alpha / part.rank:g}" for path, part in adapters.items()}
+
+
+def _read(path: Path | str, factors: Mapping[str, str]) -> dict[str, Tensor]:
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            saved = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (OSError, SafetensorError) as error:
         raise ArgumentError(f"source must be a whole safetensors file; got {path}: {error}. Save it again.") from error
+    other = next((layer for layer in factors if layer in saved and saved[layer] != factors[layer]), None)
+    if other is not None:
+        raise ArgumentError(
+            f"source must be saved from adapters of the same alpha / rank; {other} had {saved[other]} and has "
+            f"{factors[other]}. Adapt the model with the same alpha and rank."
+        )
+    return tensors
 
 
 def _without_adapters(model: nn.Module, make: Callable[[LoRALinear], nn.Module]) -> nn.Module:

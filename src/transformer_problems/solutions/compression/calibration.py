@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.core.transforms import matches
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -45,13 +46,11 @@ def input_statistic(
         found[id(layer)] = add(found.get(id(layer)), inputs)
 
     hooks = [layer.register_forward_pre_hook(note) for layer in dict.fromkeys(asked.values())]
-    was_training = model.training
     try:
-        model.eval()
-        for inputs in calibration:
-            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        with evaluating(model):
+            for inputs in calibration:
+                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     for path, layer in asked.items():

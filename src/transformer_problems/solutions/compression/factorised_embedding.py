@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.transforms import TransformKind, check_skip, matches, treated_copy
+from transformer_problems.core.transforms import (
+    TransformKind,
+    as_patterns,
+    check_skip,
+    matches,
+    replace_modules,
+    treated_copy,
+)
 
 
 class FactorisedEmbedding(nn.Module):
@@ -75,20 +82,22 @@ class FactoriseEmbedding:
 
     def __init__(self, rank: int, *, skip: Sequence[str] = ()) -> None:
         require_positive_int(rank=rank)
-        self.rank, self.skip = rank, tuple(skip)
+        self.rank, self.skip = rank, as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         factorised = treated_copy(model, self)
         check_skip(factorised, self.skip, nn.Embedding)
-        found = 0
-        for path, table in _tables(factorised):
-            if matches(path, self.skip):
-                continue
-            self._check(path, table, factorised)
-            parent, _, name = path.rpartition(".")
-            setattr(factorised.get_submodule(parent), name, self._factors(table))
-            found += 1
-        if not found:
+
+        def wanted(path: str, part: nn.Module) -> bool:
+            of_tokens = isinstance(part, nn.Embedding) and "position" not in path.lower()
+            return of_tokens and not matches(path, self.skip)
+
+        def made(path: str, part: nn.Module) -> nn.Module:
+            assert isinstance(part, nn.Embedding)
+            self._check(path, part, factorised)
+            return self._factors(part)
+
+        if not replace_modules(factorised, wanted, made):
             raise ArgumentError(f"model must hold an embedding of tokens; this {type(model).__name__} has none.")
         return factorised
 
@@ -100,6 +109,11 @@ class FactoriseEmbedding:
 
     def _check(self, path: str, table: nn.Embedding, model: nn.Module) -> None:
         num, width = table.weight.shape
+        if table.max_norm is not None:
+            raise ArgumentError(
+                f"an embedding must leave its rows as they are; {path} has max_norm={table.max_norm}, which factors "
+                f"cannot keep. Pass skip=({path!r},)."
+            )
         if self.rank * (num + width) >= num * width:
             raise ArgumentError(
                 f"rank must be below {num * width / (num + width):.0f} to save anything on {path} of {num} x {width}; "
@@ -117,6 +131,7 @@ class FactoriseEmbedding:
         weight = table.weight
         num, width = weight.shape
         made = FactorisedEmbedding(num, width, self.rank, device=weight.device, dtype=weight.dtype)
+        made.table.padding_idx = table.padding_idx  # its row gets no gradient
         left, values, right = torch.linalg.svd(
             weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
         )
@@ -124,11 +139,3 @@ class FactoriseEmbedding:
         made.table.weight.copy_(left[:, : self.rank] * root)
         made.widen.weight.copy_((root[:, None] * right[: self.rank]).T)
         return made
-
-
-def _tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
-    return [
-        (path, part)
-        for path, part in model.named_modules()
-        if isinstance(part, nn.Embedding) and path and "position" not in path.lower()
-    ]

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive, require_positive_int
-from transformer_problems.core.transforms import TransformKind, matches, replace_linears, treated_copy
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.transforms import (
+    TransformKind,
+    as_patterns,
+    matches,
+    plain_weight,
+    replace_linears,
+    treated_copy,
+)
 from transformer_problems.solutions.compression.calibration import Inputs, input_statistic
 from transformer_problems.solutions.compression.int4 import Int4Linear, check_groups
 
@@ -48,7 +56,8 @@ class GPTQ:
     ) -> None:
         require_positive_int(group_size=group_size)
         require_positive(damping=damping)
-        self.calibration, self.group_size, self.damping, self.skip = calibration, group_size, damping, tuple(skip)
+        self.calibration, self.group_size, self.damping = calibration, group_size, damping
+        self.skip = as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         rounded = treated_copy(model, self)
@@ -79,7 +88,7 @@ def gptq_linear(layer: nn.Linear, moments: Tensor, *, group_size: int, damping: 
     A group's range is set when its first input is reached, from the weights as they then are.
     """
     made = Int4Linear.like(layer, group_size=group_size)
-    weight = layer.weight.detach().float().clone()
+    weight, keep = plain_weight(layer).clone(), getattr(layer, "keep", None)
     codes, factor = torch.zeros_like(weight), _inverse_factor(moments.double(), damping).float()
     for i in range(layer.in_features):
         group = i // group_size
@@ -88,7 +97,8 @@ def gptq_linear(layer: nn.Linear, moments: Tensor, *, group_size: int, damping: 
         scale, zero = made.scales[:, group].float(), made.zeros[:, group].float()
         codes[:, i] = (weight[:, i] / scale + zero).round().clamp_(0, 15)
         error = (weight[:, i] - (codes[:, i] - zero) * scale) / factor[i, i]
-        weight[:, i:] -= error[:, None] * factor[i, i:]
+        change = error[:, None] * factor[i, i:]
+        weight[:, i:] -= change if keep is None else change * keep[:, i:]  # what was pruned stays zero
     made.set_codes(codes)
     return made
 
@@ -97,8 +107,11 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped moments; inputs that never occur count as independent."""
     diagonal = moments.diagonal()
     damped = moments + torch.diag(torch.where(diagonal > 0, damping * diagonal.mean(), 1.0))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    factor: Tensor
+    factor, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or failed_too:
+        raise ArgumentError(f"damping must be large enough for so few inputs; got {damping:g}. Choose 0.01.")
     return factor
 
 

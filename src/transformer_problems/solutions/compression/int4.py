@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.transforms import TransformKind, as_patterns, plain_weight, replace_linears, treated_copy
 
 _STEPS = 15  # between the least and the largest of a group
 _BLOCK = 512  # outputs whose float weights are whole at once
@@ -67,7 +67,7 @@ class Int4Linear(nn.Module):
     def from_linear(cls, layer: nn.Linear, *, group_size: int = 64) -> "Int4Linear":
         """The layer with each weight rounded to the nearest of its group's 16 steps."""
         made = cls.like(layer, group_size=group_size)
-        weight = layer.weight.detach().float()
+        weight = plain_weight(layer)
         made.set_ranges(weight)
         made.set_codes(made.codes_of(weight))
         return made
@@ -156,7 +156,7 @@ class QuantizeInt4:
 
     def __init__(self, *, group_size: int = 64, skip: Sequence[str] = ()) -> None:
         require_positive_int(group_size=group_size)
-        self.group_size, self.skip = group_size, tuple(skip)
+        self.group_size, self.skip = group_size, as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         rounded = treated_copy(model, self)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.transforms import TransformKind, as_patterns, replace_linears, treated_copy
 from transformer_problems.kernels.int8_product import Int8Backend, fastest, int8_product
 from transformer_problems.solutions.compression.calibration import Inputs, input_statistic, largest_of_each
 
@@ -113,6 +113,8 @@ class Int8Linear(nn.Module):
                 "x must not ask for a gradient, which rounding has none of. Call under torch.no_grad(), or train the "
                 "float model and quantize it then."
             )
+        if x.shape[-1] != self.in_features:
+            raise ArgumentError(f"x must be [..., {self.in_features}]; got {list(x.shape)}.")
         codes, sums, scales, bias, x_scale, input_scale = self._operands or self._collected()
         rows = (x if x.dim() == 2 else x.reshape(-1, self.in_features)).float()
         if input_scale is not None:
@@ -123,12 +125,12 @@ class Int8Linear(nn.Module):
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def _collected(self) -> tuple[Any, ...]:
-        """What the product reads, in float32 whatever dtype the model was changed to; kept, for it takes a while."""
+        """What the product reads; kept, for collecting it takes a while."""
         self._operands = (
-            self.codes,
+            self.codes.contiguous(),
             self.codes.sum(dim=1, dtype=torch.int32),
-            self.scales.float(),
-            None if self.bias is None else self.bias.float(),
+            self.scales,
+            self.bias,
             None if self.x_scale is None else float(self.x_scale),
             self.input_scale,
         )
@@ -143,8 +145,14 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(*arguments, **keywords)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._operands = None  # buffers move to another device or dtype
+        """Moves of a model to another device or dtype: the latter is for results and not for scales."""
+        self._operands = None
+        before = {name: kept for name, kept in self._buffers.items() if kept is not None}
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            now = getattr(self, name)
+            if now.dtype != kept.dtype:
+                setattr(self, name, kept.to(now.device))
         return moved
 
 
@@ -181,7 +189,7 @@ class QuantizeInt8:
         skip: Sequence[str] = (),
         backend: Int8Backend | Literal["auto"] = "auto",
     ) -> None:
-        self.calibration, self.skip, self.backend = calibration, tuple(skip), backend
+        self.calibration, self.skip, self.backend = calibration, as_patterns("skip", skip), backend
 
     def __call__(self, model: nn.Module) -> nn.Module:
         rounded = treated_copy(model, self)

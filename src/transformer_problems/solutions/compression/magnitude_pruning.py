@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.transforms import TransformKind, as_patterns, replace_linears, treated_copy
 from transformer_problems.solutions.compression.sparse_linear import Pattern, SparseLinear, check_sparsity, strongest
 
 Scope = Literal["row", "layer", "model"]
@@ -47,7 +47,7 @@ class MagnitudePruning:
             raise UnknownNameError("scope", scope, get_args(Scope))
         if pattern is not None and scope != "layer":
             raise ArgumentError(f"scope must be left out with a pattern, which says it itself; got {scope!r}.")
-        self.sparsity, self.pattern, self.scope, self.skip = sparsity, pattern, scope, tuple(skip)
+        self.sparsity, self.pattern, self.scope, self.skip = sparsity, pattern, scope, as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         pruned = treated_copy(model, self)

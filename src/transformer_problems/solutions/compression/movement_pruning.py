@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_share
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.transforms import TransformKind, replace_linears, replace_modules, treated_copy
+from transformer_problems.core.transforms import (
+    TransformKind,
+    as_patterns,
+    replace_linears,
+    replace_modules,
+    treated_copy,
+)
 from transformer_problems.solutions.compression.sparse_linear import SparseLinear, check_sparsity, strongest
 
 
@@ -100,7 +106,8 @@ class MovementPruning:
                 f"warmup and cooldown must leave steps between them; got {warmup} and {cooldown}. Choose e.g. 0.1 and "
                 "0.2."
             )
-        self.sparsity, self.warmup, self.cooldown, self.skip = sparsity, warmup, cooldown, tuple(skip)
+        self.sparsity, self.warmup, self.cooldown = sparsity, warmup, cooldown
+        self.skip = as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         learning = treated_copy(model, self)

@@ -1,12 +1,20 @@
 """SmoothQuant: large activations are divided, and the weights they meet multiplied, before both are rounded."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_share
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.transforms import (
+    TransformKind,
+    as_patterns,
+    replace_linears,
+    replace_modules,
+    treated_copy,
+)
 from transformer_problems.solutions.compression.calibration import Inputs, input_statistic, largest_of_each
 
 _SMALLEST = 1e-5
@@ -44,6 +52,8 @@ class ScaledLinear(nn.Linear):
             made.weight.copy_(weight * made.input_scale)
             if has_bias:
                 made.bias.copy_(layer.bias)
+        for name, parameter in layer.named_parameters(recurse=False):
+            getattr(made, name).requires_grad_(parameter.requires_grad)
         return made
 
     def plain(self) -> nn.Linear:
@@ -91,7 +101,7 @@ class SmoothQuant:
 
     def __init__(self, calibration: Sequence[Inputs], *, alpha: float = 0.5, skip: Sequence[str] = ()) -> None:
         require_share(alpha=alpha)
-        self.calibration, self.alpha, self.skip = calibration, alpha, tuple(skip)
+        self.calibration, self.alpha, self.skip = calibration, alpha, as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         smoothed = treated_copy(model, self)
@@ -115,11 +125,19 @@ class SmoothQuant:
         return rebuilt
 
     def undo(self, model: nn.Module) -> nn.Module:
-        """A copy with plain layers again, equal to the original up to rounding."""
-        plain = treated_copy(model, self)
-        replace_linears(
-            plain, lambda path, layer: layer.plain() if isinstance(layer, ScaledLinear) else layer, skip=self.skip
-        )
+        """A copy with plain layers again, equal to the original up to rounding.
+
+        Raises:
+            ArgumentError: If there is none to be had.
+        """
+        plain = copy.deepcopy(model)
+
+        def made(path: str, part: nn.Module) -> nn.Module:
+            assert isinstance(part, ScaledLinear)
+            return part.plain()
+
+        if not replace_modules(plain, lambda path, part: isinstance(part, ScaledLinear), made):
+            raise ArgumentError(f"model must hold scaled layers; this {type(model).__name__} has none.")
         return plain
 
     def __repr__(self) -> str:

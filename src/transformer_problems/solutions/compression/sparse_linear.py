@@ -35,7 +35,10 @@ class SparseLinear(nn.Linear):
     @classmethod
     def from_linear(cls, layer: nn.Linear, keep: Tensor) -> "SparseLinear":
         """The layer with the weights that are not kept at zero; shares nothing with it."""
-        return cls.from_weights(layer.weight, layer.bias, keep)
+        made = cls.from_weights(layer.weight, layer.bias, keep)
+        for name, parameter in layer.named_parameters(recurse=False):
+            getattr(made, name).requires_grad_(parameter.requires_grad)
+        return made
 
     @classmethod
     def from_weights(cls, weight: Tensor, bias: Tensor | None, keep: Tensor) -> "SparseLinear":

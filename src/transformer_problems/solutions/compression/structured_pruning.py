@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.transforms import TransformKind, treated_copy
 
+_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Identity, nn.Dropout)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -55,6 +56,7 @@ class StructuredPruning:
 
     def __call__(self, model: nn.Module) -> nn.Module:
         pruned = treated_copy(model, self)
+        _check_plain(pruned)
         found = 0
         for path, part in list(pruned.named_modules()):
             if _is_attention(part):
@@ -81,6 +83,16 @@ class StructuredPruning:
         return f"StructuredPruning(heads={self.heads:g}, neurons={self.neurons:g})"
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Refuse layers that keep something of the size of their weight beside it."""
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Linear) and (hasattr(part, "keep") or hasattr(part, "input_scale")):
+            raise CombinationError(
+                f"layers must be plain to become smaller; {path} is a {type(part).__name__}. Remove heads and neurons "
+                "first."
+            )
+
+
 def _is_attention(part: nn.Module) -> bool:
     has_sizes = all(isinstance(getattr(part, name, None), int) for name in ("num_heads", "num_kv_heads", "head_dim"))
     return has_sizes and all(isinstance(getattr(part, name, None), nn.Linear) for name in _PROJECTIONS)
@@ -103,7 +115,7 @@ def _feed_forward(part: nn.Module) -> tuple[tuple[nn.Linear, ...], nn.Linear] | 
     down = getattr(part, "down", None)
     if getattr(part, "gate", None) is not None:
         ups = (part.gate, *ups)
-    elif isinstance(part, nn.Sequential) and len(part) >= 3 and not list(part[1].parameters()):
+    elif isinstance(part, nn.Sequential) and len(part) >= 3 and isinstance(part[1], _ELEMENTWISE):
         ups, down = (part[0],), part[2]
     if not isinstance(down, nn.Linear):
         return None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.transforms import TransformKind, replace_linears, treated_copy
+from transformer_problems.core.transforms import TransformKind, as_patterns, replace_linears, treated_copy
 from transformer_problems.solutions.compression.calibration import Inputs, input_statistic
 from transformer_problems.solutions.compression.sparse_linear import Pattern, SparseLinear, check_sparsity, strongest
 
@@ -42,7 +42,8 @@ class Wanda:
         skip: Sequence[str] = (),
     ) -> None:
         check_sparsity(sparsity, pattern)
-        self.calibration, self.sparsity, self.pattern, self.skip = calibration, sparsity, pattern, tuple(skip)
+        self.calibration, self.sparsity, self.pattern = calibration, sparsity, pattern
+        self.skip = as_patterns("skip", skip)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         pruned = treated_copy(model, self)

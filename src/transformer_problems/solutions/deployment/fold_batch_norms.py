@@ -36,7 +36,7 @@ class FoldedNorm(nn.Module):
         ArgumentError: If an input has other dimensions.
 
     Source:
-        Jacob et al. 2018, arXiv:1712.05877, section 3.2.
+        Jacob et al. 2017, arXiv:1712.05877, section 3.2.
     """
 
     made_by: TransformKind = "fold"
@@ -78,7 +78,7 @@ class FoldBatchNorms:
         CombinationError: If the layer before a norm is more than a plain one, or the norm has hooks.
 
     Source:
-        Jacob et al. 2018, arXiv:1712.05877, section 3.2. Differs from the paper: after training, not within it.
+        Jacob et al. 2017, arXiv:1712.05877, section 3.2. Differs from the paper: after training, not within it.
 
     Example:
         >>> from torch import nn

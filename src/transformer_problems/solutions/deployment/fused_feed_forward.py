@@ -38,7 +38,7 @@ class FusedFeedForward(nn.Module):
         x: [..., C]; output: [..., C].
 
     Source:
-        Ivanov et al. 2021, arXiv:2007.00072, whose fused operators join biases and activations alike.
+        Ivanov et al. 2020, arXiv:2007.00072, whose fused operators join biases and activations alike.
     """
 
     made_by: TransformKind = "fuse"
@@ -98,7 +98,7 @@ class FuseFeedForward:
             before.
 
     Source:
-        Ivanov et al. 2021, arXiv:2007.00072. Differs from the paper: on CPUs, and one of its fused operators alone,
+        Ivanov et al. 2020, arXiv:2007.00072. Differs from the paper: on CPUs, and one of its fused operators alone,
         without dropout.
 
     Example:
@@ -121,7 +121,7 @@ class FuseFeedForward:
         for path in chosen:
             part = fused.get_submodule(path)
             check_plain(path, {"up": part.up, "down": part.down})
-        chosen = [path for path in chosen if _computes_gelu(fused.get_submodule(path))]
+        chosen = [path for path in chosen if _computes_gelu_in_both_modes(fused.get_submodule(path))]
         if not chosen:
             raise ArgumentError(_nothing_found(fused, paths))
         made = {id(part): FusedFeedForward(part, backend=self.backend) for part in map(fused.get_submodule, chosen)}
@@ -154,7 +154,19 @@ def _is_pair(part: nn.Module) -> bool:
     """Whether a module is made of layers `up` and `down` alone, linear ones or what once was such."""
     if isinstance(part, FusedFeedForward) or set(part._modules) != {"up", "down"} or part._parameters or part._buffers:
         return False
+    if part._forward_hooks or part._forward_pre_hooks:  # which a fused one would not call
+        return False
     return all(child is not None and hasattr(child, "in_features") for child in part._modules.values())
+
+
+def _computes_gelu_in_both_modes(part: nn.Module) -> bool:
+    """Dropout, say, would show in training alone."""
+    was_training, answers = part.training, []
+    for mode in (True, False):
+        part.training = mode
+        answers.append(_computes_gelu(part))
+    part.training = was_training
+    return all(answers)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class FusedProjections(Linear):
         x: [..., C]; output: [..., sum(sizes)].
 
     Source:
-        Ivanov et al. 2021, arXiv:2007.00072, where it is called algebraic fusion.
+        Ivanov et al. 2020, arXiv:2007.00072, where it is called algebraic fusion.
     """
 
     made_by: TransformKind = "fuse"
@@ -98,7 +98,7 @@ class FuseProjections:
             layers, or the model was rounded or adapted before.
 
     Source:
-        Ivanov et al. 2021, arXiv:2007.00072, where it is called algebraic fusion.
+        Ivanov et al. 2020, arXiv:2007.00072, where it is called algebraic fusion.
 
     Example:
         >>> from transformer_problems import Decoder, FuseProjections, SelfAttention

@@ -3,8 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.deployment.drafts import bytes_of, written_beside
 from transformer_problems.solutions.deployment.onnx_session import OnnxSession
 from transformer_problems.solutions.deployment.onnx_trace import (
@@ -110,7 +110,7 @@ def export_onnx(
         require(package, extra="onnx")
     path = Path(path)
     _check_settings(model, onnx, opset, tolerance)
-    with torch.inference_mode(False), _evaluating(model), written_beside(path) as draft:
+    with torch.inference_mode(False), evaluating(model), written_beside(path) as draft:
         call = ExampleCall.of(model, example_inputs)
         axes = dynamic_axes(call.inputs, dynamic)
         with torch.no_grad():
@@ -129,6 +129,9 @@ def export_onnx(
 def _check_settings(model: nn.Module, onnx: Any, opset: int, tolerance: float | None) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ArgumentError(f"weights must be finite; {name} holds NaN or infinity. Load or train the model again.")
     newest = onnx.defs.onnx_opset_version()
     if not isinstance(opset, int) or not _LOWEST_OPSET <= opset <= newest:
         raise ArgumentError(f"opset must be {_LOWEST_OPSET} to {newest}; got {opset!r}. Choose {_LOWEST_OPSET}.")
@@ -146,18 +149,6 @@ def _check_settings(model: nn.Module, onnx: Any, opset: int, tolerance: float | 
                 f"model must lie on a CPU in float32; {path} is {weight.dtype} on {weight.device}. Export "
                 "model.cpu().float(), and quantize the file if it is to be smaller."
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _in_float64(model: nn.Module, call: ExampleCall, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

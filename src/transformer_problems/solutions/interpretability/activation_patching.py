@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.answers import answer
-from transformer_problems.solutions.interpretability.model_reading import evaluating
 from transformer_problems.solutions.interpretability.sites import Place, Site, find_places, record
 
 

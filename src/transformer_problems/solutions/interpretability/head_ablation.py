@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.solutions.interpretability.model_reading import evaluating
+from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.sites import Site, find_places, record
 
 

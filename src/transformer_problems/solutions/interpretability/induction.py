@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.core.seeding import generator
 from transformer_problems.solutions.interpretability.answers import answer
-from transformer_problems.solutions.interpretability.model_reading import evaluating
 from transformer_problems.solutions.interpretability.readable import readable
 from transformer_problems.solutions.interpretability.sites import Site, attention_layers
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.kernels.linear import linear
 from transformer_problems.solutions.interpretability.answers import answer, call
-from transformer_problems.solutions.interpretability.model_reading import evaluating
 from transformer_problems.solutions.interpretability.sites import Place, Site, record
 
 

@@ -10,18 +10,6 @@ from transformer_problems.core.errors import ArgumentError, CombinationError
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in evaluation; afterwards each is as it was."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True  # not train(), which would reach the parts below, evaluating before or not
-
-
-@contextmanager
 def embedding_gives(embedding: nn.Module, values: Tensor | None) -> Iterator[None]:
     """Inside, the embedding layer gives these values [B, N, C], whatever its tokens; None leaves it alone.
 

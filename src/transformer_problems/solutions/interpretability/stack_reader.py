@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.model_reading import (
     embedded,
     embedding_gives,
-    evaluating,
     read_row,
     reading_of,
 )

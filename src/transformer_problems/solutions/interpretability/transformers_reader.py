@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.model_reading import (
     embedded,
     embedding_gives,
-    evaluating,
     read_row,
     reading_of,
     slope_of,
