@@ -150,10 +150,12 @@ class NoLocalInductiveBias:
         if not layers:
             return f"{told}."
         near, far = (results.mean(plain, "attention_distance", layers[i]) for i in (0, -1))
-        blind = results.mean(plain, "blind_distance")
+        blind = results.samples(plain, "blind_distance")
+        beside = (
+            f", where attention to all places alike would look across {blind.mean():.0%}" if blind is not None else ""
+        )
         return (
-            f"{told}; its first layer then looks across {near:.0%} of the image and its last across {far:.0%}, where "
-            f"attention to all places alike would look across {blind:.0%}."
+            f"{told}; its first layer then looks across {near:.0%} of the image and its last across {far:.0%}{beside}."
         )
 
     def arms_for(self, data: OwnData) -> frozenset[str]:
