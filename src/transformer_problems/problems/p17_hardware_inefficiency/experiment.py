@@ -105,7 +105,7 @@ class HardwareInefficiency:
     costs = (
         Effect("seconds", "ratio", ("less time", "more time"), 64.0, "at 64 tokens"),
         Effect("flops", "ratio", ("less arithmetic", "more arithmetic"), "last"),
-        Effect("difference", "difference", ("nearer to float64", "farther from float64"), "last"),
+        Effect("difference", "difference", ("less rounding error", "more rounding error"), "last"),
     )
     shared_examples: frozenset[str] = frozenset()
 
