@@ -28,6 +28,8 @@ from transformer_problems.solutions.compression.int8 import Int8Linear
 from transformer_problems.solutions.deployment.compiled import CompiledModel
 
 _TOKENS = 1_000
+_FREQUENCY_BITS = 4.5  # a byte of Python's own sources, by the frequencies of bytes alone
+_HARDLY_LEARNED = 0.9  # of that and more
 _INT8_BACKENDS: tuple[Int8Backend, ...] = ("cpp", "int_mm", "float")
 
 
@@ -128,15 +130,20 @@ class HighComputeCost:
             f"Models are {plan.num_layers} layers deep, of widths {', '.join(map(str, size.widths))}, and fill in 15% "
             f"of the bytes of real text, in windows of {WINDOW}. Each takes {plan.steps + plan.finishing_steps} steps "
             f"of {plan.batch_size} windows with AdamW at a peak rate of 0.002. Half the weights, or heads and neurons, "
-            f"are pruned {plan.finishing_steps} steps before the end, by Wanda after it. So few steps leave a plain encoder "
-            "near what the frequency of bytes alone gives: rounding and pruning have little to lose here, and models "
-            "that see neighbours from the start learn sooner. MobileBERT has no teacher "
+            f"are pruned {plan.finishing_steps} steps before the end, by Wanda after it. MobileBERT has no teacher "
             "here, on which its paper relies, and layer norms in place of the paper's NoNorm.",
             "Kernels and bytes are those of PyTorch's operators, each tensor read and written once, with no cache; of "
             "the compiled graph only its kernels are counted.",
             "Weights at zero are stored and multiplied as any others, and save neither memory nor time; int4 weights "
             "are made float again before each product, and save memory alone.",
         ]
+        bits = results.samples("float32", "bits", size.widths[-1])
+        if bits is not None and bits.mean() > _HARDLY_LEARNED * _FREQUENCY_BITS:
+            notes.append(
+                f"So few steps leave the plain encoder at {bits.mean():.2f} bits a byte, near the {_FREQUENCY_BITS} that "
+                "the frequency of each byte gives: rounding and pruning have little to lose here, and models that see "
+                "neighbours from the start learn sooner."
+            )
         if (counted := results.largest("float32", "energy_is_counted")) is not None and not counted:
             notes.append(
                 "Joules are an estimate from counts of arithmetic and bytes at 45 nm (Horowitz 2014, "
