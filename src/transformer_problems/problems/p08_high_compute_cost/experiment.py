@@ -141,8 +141,8 @@ class HighComputeCost:
         if bits is not None and bits.mean() > _HARDLY_LEARNED * _FREQUENCY_BITS:
             notes.append(
                 f"So few steps leave the plain encoder at {bits.mean():.2f} bits a byte, near the {_FREQUENCY_BITS} "
-                "that the frequency of each byte gives: rounding and pruning have little to lose here, and models that see "
-                "neighbours from the start learn sooner."
+                "that the frequency of each byte gives: rounding and pruning have little to lose here, and models that "
+                "see neighbours from the start learn sooner."
             )
         if (counted := results.largest("float32", "energy_is_counted")) is not None and not counted:
             notes.append(
