@@ -46,7 +46,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stop in (signal.SIGINT, signal.SIGTERM):
         process = measuring_until(out, num_cells=kept + 1)
         process.send_signal(stop)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
         assert process.returncode == 130
         assert errors.strip().splitlines()[-1].startswith("stopped; every finished cell is kept")
         assert "Traceback" not in errors
@@ -54,7 +54,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kept = finished_cells(out)
     process = measuring_until(out, num_cells=kept + 1)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert finished_cells(out) > kept
     return out
 

@@ -84,7 +84,6 @@ class DenseInputs:
         draws=("pixels", "patches", "pyramid", "swin", "tubelets"),
     )
     columns = (
-        Column("tokens", "tokens at most pixels", at="last", better="lower"),
         Column("flops", "FLOPs at most pixels", at="last", better="lower"),
         Column("flops", "FLOPs grow as pixels to the", better="lower", statistic="exponent"),
         Column("peak_memory_bytes", "bytes at most pixels", at="last", better="lower"),
