@@ -40,7 +40,7 @@ def bench(arm: str, folder: Path) -> Bench:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Measurement]]:
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(p18._SIZES, "quick", p18._Size(PLAN, blocks=2, requests=5, seeds=1))
+        patch.setitem(p18._SIZES, "quick", p18._Size(PLAN, blocks=2, requests=5, cold_starts=1, seeds=1))
         patch.setattr(p18, "cold_start", lambda folder: ColdStart(1.5, 10**8, used_torch=False))
         return {arm: list(EXPERIMENT.measure(bench(arm, folder))) for arm in ARMS}
 

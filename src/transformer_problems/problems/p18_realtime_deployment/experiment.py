@@ -30,7 +30,6 @@ from transformer_problems.solutions.deployment.onnx_session import OnnxSession
 
 _DEADLINES_MS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0, 23.0, 32.0)
 _PERCENTS = (50, 95, 99)
-_COLD_STARTS = 3
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -42,13 +41,14 @@ class _Size:
     plan: ImagePlan
     blocks: int
     requests: int  # in a block
+    cold_starts: int
     seeds: int
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(ImagePlan(64, 4, 30, 15, batch_size=16), blocks=4, requests=50, seeds=1),
-    "standard": _Size(ImagePlan(128, 6, 200, 100, batch_size=32), blocks=10, requests=200, seeds=3),
-    "full": _Size(ImagePlan(384, 12, 2_000, 1_000, batch_size=64), blocks=20, requests=500, seeds=5),
+    "quick": _Size(ImagePlan(64, 4, 30, 15, batch_size=16), blocks=4, requests=50, cold_starts=1, seeds=1),
+    "standard": _Size(ImagePlan(128, 6, 200, 100, batch_size=32), blocks=10, requests=200, cold_starts=3, seeds=3),
+    "full": _Size(ImagePlan(384, 12, 2_000, 1_000, batch_size=64), blocks=20, requests=500, cold_starts=5, seeds=5),
 }
 
 
@@ -107,7 +107,7 @@ class RealTimeDeployment:
             folder = Path(name)
             answer, num_bytes = _served(arm, model, size.plan, folder)
             yield Measurement("file_bytes", "B", num_bytes)
-            yield from _first_answers(folder, tested)
+            yield from _first_answers(folder, tested, size.cold_starts)
             bench.progress(0.7)
             yield from _told_rightly(answer, tested, bench)
             if arm in FORMS_OF_ONE:
@@ -169,9 +169,9 @@ def _served(arm: str, model: nn.Module, plan: ImagePlan, folder: Path) -> tuple[
     return answer, num_bytes
 
 
-def _first_answers(folder: Path, tested: Images) -> Iterator[Measurement]:
+def _first_answers(folder: Path, tested: Images, num: int) -> Iterator[Measurement]:
     np.save(request_path(folder), tested.pixels[:1].numpy())
-    for repeat in range(_COLD_STARTS):
+    for repeat in range(num):
         start = cold_start(folder)
         yield Measurement("cold_start_s", "s", start.first_answer_s, repeat=repeat)
         yield Measurement("used_torch", "1", int(start.used_torch), repeat=repeat)
