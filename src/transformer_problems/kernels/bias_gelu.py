@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.errors import ArgumentError, KernelBuildError, MissingDependencyError, UnknownNameError
-from transformer_problems.kernels.compiler import load
+from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.kernels.compiler import has_kernel, load
 
 GeluBackend = Literal["cpp", "torch"]
 """Our C++ kernel, for float32 and float64 on a CPU; or PyTorch's operators, for everything else."""
@@ -71,12 +70,7 @@ def gelu_backend(x: Tensor) -> GeluBackend:
 @cache
 def _is_built() -> bool:
     """Whether this machine has the kernels; the first call builds them, or warns once with the reason."""
-    try:
-        load(_SOURCE, extra_flags=("-fopenmp",))
-    except (KernelBuildError, MissingDependencyError) as error:
-        warnings.warn(f"bias_gelu uses its slower PyTorch path: {error}", stacklevel=4)
-        return False
-    return True
+    return has_kernel("bias_gelu", lambda: load(_SOURCE, extra_flags=("-fopenmp",)))
 
 
 def _check(x: Tensor, bias: Tensor | None) -> None:

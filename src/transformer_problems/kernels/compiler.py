@@ -7,7 +7,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def keep(source: Path, command: Sequence[str], known_by: str, *, folder: Path | 
             "environment variable XDG_CACHE_HOME."
         ) from error
     return library
+
+
+def has_kernel(name: str, load_it: Callable[[], object]) -> bool:
+    """Whether this machine can load a kernel; warns with the reason where it cannot. Callers ask once and keep it."""
+    try:
+        load_it()
+    except (KernelBuildError, MissingDependencyError) as error:
+        warnings.warn(f"{name} uses its slower PyTorch path: {error}", stacklevel=5)
+        return False
+    return True
 
 
 @cache

@@ -1,7 +1,6 @@
 """Multi-head self-attention from x to its output as one operator of this package's own, forward and backward."""
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
-from transformer_problems.core.errors import ArgumentError, KernelBuildError, MissingDependencyError, UnknownNameError
+from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.heads import check_input, merge_heads, split_heads
-from transformer_problems.kernels.compiler import load
+from transformer_problems.kernels.compiler import has_kernel, load
 
 FusedBackend = Literal["cpp", "torch"]
 """Our C++ kernel, for float32 and float64 on a CPU; or PyTorch's operators one after another, for everything else."""
@@ -86,12 +85,7 @@ def _takes(x: Tensor) -> bool:
 @cache
 def _is_built() -> bool:
     """Whether this machine has the kernel; the first call builds it, or warns once with the reason."""
-    try:
-        load(_SOURCE, extra_flags=("-fopenmp",))
-    except (KernelBuildError, MissingDependencyError) as error:
-        warnings.warn(f"fused_attention uses its slower PyTorch path: {error}", stacklevel=4)
-        return False
-    return True
+    return has_kernel("fused_attention", lambda: load(_SOURCE, extra_flags=("-fopenmp",)))
 
 
 def _answers(backend: str, x: Tensor) -> str:

@@ -1,9 +1,8 @@
 """Products of float rows with int8 matrices: the ways that this machine has, raced once for each size."""
 
 import ctypes
-import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from transformer_problems.core.errors import (
     UnknownNameError,
 )
 from transformer_problems.kernels.compiler import load
+from transformer_problems.kernels.race import best_times
 
 Int8Backend = Literal["cpp", "int_mm", "float"]
 """Our C++ kernel; PyTorch's int8 matrix product (oneDNN or cuBLAS); or the matrix made float again."""
@@ -85,7 +85,6 @@ def int8_product(
 
 
 _RACED: dict[tuple[object, ...], dict[Int8Backend, float]] = {}
-_WINNERS: dict[tuple[object, ...], Int8Backend] = {}
 
 
 def raced() -> dict[tuple[object, ...], dict[Int8Backend, float]]:
@@ -98,32 +97,22 @@ def fastest(x: Tensor, weight: Tensor) -> Int8Backend:
     outputs, inputs = weight.shape
     rows = next((size for size in _ROW_CLASSES if size >= len(x)), _ROW_CLASSES[-1])
     key = (x.device.type, rows, outputs, inputs, torch.get_num_threads())
-    if key not in _WINNERS:
-        times = _RACED[key] = _race(rows, weight)
-        _WINNERS[key] = min(times, key=lambda name: times[name])
-    return _WINNERS[key]
+    if key not in _RACED:
+        _RACED[key] = _race(rows, weight)
+    times = _RACED[key]
+    return min(times, key=lambda name: times[name])
 
 
 @torch.no_grad()
 def _race(rows: int, weight: Tensor) -> dict[Int8Backend, float]:
-    """The best of some runs of each back end, which take turns."""
+    """Seconds of each back end."""
     x = torch.linspace(-1, 1, rows * weight.shape[1], device=weight.device).view(rows, -1)
     sums, scales = weight.sum(dim=1, dtype=torch.int32), torch.ones(len(weight), device=weight.device)
-    best: dict[Int8Backend, float] = {}
-    for attempt in range(_RACES + 1):
-        for backend in int8_backends(weight.device.type):
-            start = _now(weight.device)
-            _OPERATOR(x, weight, sums, scales, None, 0.0, backend)
-            passed = _now(weight.device) - start
-            if attempt:  # the first run warms up
-                best[backend] = min(passed, best.get(backend, passed))
-    return best
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    ways = {
+        backend: partial(_OPERATOR, x, weight, sums, scales, None, 0.0, backend)
+        for backend in int8_backends(weight.device.type)
+    }
+    return best_times(ways, weight.device, num_runs=_RACES)
 
 
 def _product(

@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from transformer_problems.core.errors import KernelBuildError
 
+_Name = TypeVar("_Name", bound=str)
 _RUNS = 3
 _RACED: dict[tuple[object, ...], dict[str, float]] = {}
 
@@ -51,9 +53,15 @@ def _race(
     prepare: Callable[[], Mapping[str, Callable[[], object]]], device: torch.device, num_threads: int
 ) -> dict[str, float]:
     torch.set_num_threads(num_threads)  # a thread's own setting
-    ways = prepare()
+    return best_times(prepare(), device)
+
+
+def best_times(
+    ways: Mapping[_Name, Callable[[], object]], device: torch.device, *, num_runs: int = _RUNS
+) -> dict[_Name, float]:
+    """Seconds of the best of some runs of each way, which take turns; infinite where a kernel cannot be built."""
     best_s = dict.fromkeys(ways, math.inf)
-    for attempt in range(_RUNS + 1):
+    for attempt in range(num_runs + 1):
         for name, way in ways.items():
             try:
                 start = _now(device)

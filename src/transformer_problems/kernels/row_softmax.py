@@ -1,7 +1,6 @@
 """Softmax of scaled, causally limited scores in one pass over them: CUDA C++ and its twin in C++ for the CPU."""
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from transformer_problems.core.arguments import require_positive
-from transformer_problems.core.errors import ArgumentError, KernelBuildError, MissingDependencyError, UnknownNameError
-from transformer_problems.kernels.compiler import load
+from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.kernels.compiler import has_kernel, load
 from transformer_problems.kernels.cuda_compiler import load_cuda
 
 SoftmaxBackend = Literal["cuda", "cpp", "torch"]
@@ -20,7 +19,7 @@ SoftmaxBackend = Literal["cuda", "cpp", "torch"]
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _CUDA_SOURCE = Path(__file__).with_suffix(".cu")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-_DEVICES = {"cuda": "cuda", "cpp": "cpu"}
+_DEVICES: dict[SoftmaxBackend, str] = {"cuda": "cuda", "cpp": "cpu"}
 _VALUES_PER_WORKER = 2**14  # some tens of microseconds, more than another thread costs
 
 
@@ -63,19 +62,14 @@ def softmax_backend(scores: Tensor) -> SoftmaxBackend:
     """What answers for scores where the back end is "auto"; compiled graphs fuse in ways of their own."""
     for name, device in _DEVICES.items():
         if scores.device.type == device and scores.dtype in _DTYPES and not torch.compiler.is_compiling():
-            return name if _is_built(scores.device) else "torch"  # type: ignore[return-value]
+            return name if _is_built(scores.device) else "torch"
     return "torch"
 
 
 @cache
 def _is_built(device: torch.device) -> bool:
     """Whether this machine has the kernels of a device; the first call builds them, or warns once with the reason."""
-    try:
-        _library(device)
-    except (KernelBuildError, MissingDependencyError) as error:
-        warnings.warn(f"row_softmax uses its slower PyTorch path: {error}", stacklevel=4)
-        return False
-    return True
+    return has_kernel("row_softmax", lambda: _library(device))
 
 
 def _library(device: torch.device) -> ctypes.CDLL:

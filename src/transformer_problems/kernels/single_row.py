@@ -4,7 +4,6 @@ PyTorch's own read a matrix at two thirds of the memory's speed or less, and tak
 """
 
 import ctypes
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from transformer_problems.core.errors import KernelBuildError, MissingDependencyError
-from transformer_problems.kernels.compiler import load
+from transformer_problems.kernels.compiler import has_kernel, load
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _WEIGHTS_PER_WORKER = 2**16  # some microseconds of reading, more than another thread costs
@@ -26,12 +24,8 @@ def row_backend() -> Literal["cpp", "torch"]:
 
     The first call builds the kernels, or warns once with the reason.
     """
-    try:
-        load(_SOURCE, extra_flags=("-fopenmp",))
-    except (KernelBuildError, MissingDependencyError) as error:
-        warnings.warn(f"decoding in bfloat16 uses its slower PyTorch path: {error}", stacklevel=4)
-        return "torch"
-    return "cpp"
+    built = has_kernel("decoding in bfloat16", lambda: load(_SOURCE, extra_flags=("-fopenmp",)))
+    return "cpp" if built else "torch"
 
 
 def takes_row(x: Tensor, weight: Tensor) -> bool:

@@ -1,13 +1,13 @@
 """The selective scan: a linear recurrence whose coefficients each token chooses."""
 
-import warnings
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from transformer_problems.core.errors import ArgumentError, KernelBuildError, MissingDependencyError
+from transformer_problems.core.errors import ArgumentError
+from transformer_problems.kernels.compiler import has_kernel
 from transformer_problems.kernels.selective_scan import (
     build_selective_scan,
     selective_scan_backward,
@@ -88,12 +88,7 @@ def selective_scan_backend(u: Tensor) -> Literal["torch", "cpp"]:
 
 @cache
 def _has_cpp() -> bool:
-    try:
-        build_selective_scan()
-    except (MissingDependencyError, KernelBuildError) as reason:
-        warnings.warn(f"selective_scan uses its slower PyTorch path: {reason}", stacklevel=4)
-        return False
-    return True
+    return has_kernel("selective_scan", lambda: build_selective_scan())
 
 
 def _check_shapes(
