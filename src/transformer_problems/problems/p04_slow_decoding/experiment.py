@@ -121,13 +121,12 @@ class SlowDecoding:
     def finding(self, results: Results) -> str:
         xs = results.xs("recompute", "tokens_per_s")
         first, last = (results.samples("recompute", "tokens_per_s", x) for x in (xs[0], xs[-1]))
-        flops = [results.samples("recompute", "flops_per_token", x) for x in (xs[0], xs[-1])]
         assert first is not None
         assert last is not None
-        more = float(flops[1].mean() / flops[0].mean())  # type: ignore[union-attr]
+        short, long = (results.mean("recompute", "flops_per_token", x) for x in (xs[0], xs[-1]))
         return (
             f"After {xs[0]:,.0f} tokens the next ones come at {first.mean():,.0f} a second, after {xs[-1]:,.0f} at "
-            f"{last.mean():,.0f}: the whole text runs again for each, {more:.1f} times the arithmetic."
+            f"{last.mean():,.0f}: the whole text runs again for each, {long / short:.1f} times the arithmetic."
             f"{_lessons_told(results, xs[-1])}"
         )
 

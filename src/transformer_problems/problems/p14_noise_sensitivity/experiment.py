@@ -186,11 +186,10 @@ class NoiseSensitivity:
     def finding(self, results: Results) -> str:
         first, last = (results.samples("dense", "accuracy", share) for share in (_SHARES[0], _SHARES[-1]))
         mass = results.samples("dense", "distractor_mass", _SHARES[-1])
-        flops = [results.samples("dense", "flops", share) for share in (_SHARES[0], _SHARES[-1])]
         assert first is not None
         assert last is not None
         assert mass is not None
-        more = float(flops[1].mean() / flops[0].mean())  # type: ignore[union-attr]
+        more = results.mean("dense", "flops", _SHARES[-1]) / results.mean("dense", "flops", _SHARES[0])
         by_seed = ", ".join(f"{accuracy:.0%}" for accuracy in last.mean(axis=1))
         seeds = f" ({by_seed} by seed)" if len(last) > 1 else ""
         return (
