@@ -42,7 +42,8 @@ def test_the_last_row_is_the_models_own_logits(family: str, dtype: torch.dtype) 
     model = make_model(family).to(dtype)
     depths = logit_lens(model, TOKENS)
     assert depths.shape == (3, 2, 9, 5 if family == "classifier" else 17)
-    assert torch.equal(depths[-1], model(TOKENS))
+    with torch.no_grad():  # with gradients, attention may take another path, which rounds otherwise in half precision
+        assert torch.equal(depths[-1], model(TOKENS))
     assert not depths.requires_grad
 
 
