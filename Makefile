@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[retrieval,onnx]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[retrieval,onnx,clinic]'
 	$(SPEECH)
 	touch $@
 

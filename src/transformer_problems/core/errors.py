@@ -9,6 +9,7 @@ TransformerProblemsError
 ├── MissingDependencyError (ImportError) an optional package is not installed
 ├── KernelBuildError                    a compiled kernel cannot be built or loaded on this machine
 ├── DivergedError                       training met a number that is not finite
+├── CheckpointError (ValueError)        a checkpoint that cannot be examined: missing, damaged, unsafe, of another kind
 ├── DeviceError                         a device that this machine does not have
 ├── ContractError (AssertionError)      a module breaks the contract of its slot
 ├── OutputError                         a folder or file that cannot be written
@@ -78,6 +79,10 @@ class KernelBuildError(TransformerProblemsError):
 
 class DivergedError(TransformerProblemsError):
     """Training met a loss or a gradient that is not finite; the message says at which step, and where it began."""
+
+
+class CheckpointError(TransformerProblemsError, ValueError):
+    """A checkpoint cannot be examined; the message says why, and what to do."""
 
 
 class DeviceError(TransformerProblemsError):

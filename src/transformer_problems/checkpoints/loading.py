@@ -1,0 +1,248 @@
+"""A checkpoint's folder, or the id of one, as a Subject: checked before it is loaded, and never by running its code."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from transformer_problems.checkpoints.subject import Kind, Subject
+from transformer_problems.core.dependencies import require
+from transformer_problems.core.errors import CheckpointError
+
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SUPPORTED = (
+    "Supported are causal language models (such as Llama, GPT-2, Qwen), encoders (such as BERT, RoBERTa, ALBERT) and "
+    "image models of the ViT and Swin families"
+)
+_IMAGE_MODELS = ("vit", "deit", "swin", "swinv2", "dinov2")
+
+
+def load_subject(
+    model: str | Path, *, device: torch.device | str = "cpu", allow_pickle: bool = False, tokenizer: Path | None = None
+) -> Subject:
+    """Read a checkpoint in the layout of Hugging Face, in the precision that its config names.
+
+    A name that is a folder here is read from it. Any other of the form "owner/name" is an id, taken from the local
+    cache or, if it is not there, downloaded; nothing else reaches for the network.
+
+    Args:
+        allow_pickle: Read .bin weights where there are no safetensors, as plain tensors only.
+        tokenizer: A folder that holds the tokenizer, if the model's own does not.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, it is of another kind, damaged, unsafe, or larger than memory;
+            nothing is loaded then.
+        MissingDependencyError: If transformers is not installed.
+    """
+    transformers = require("transformers", extra="clinic")
+    folder = _folder(str(model))
+    settings = _config(folder)
+    kind, name = _kind(transformers, settings, folder)
+    files = _weight_files(folder, allow_pickle)
+    for file in files:
+        if file.suffix == ".safetensors":
+            _check_readable(file)
+    _check_room(sum(file.stat().st_size for file in files), folder, torch.device(device))
+    with _quiet(transformers):
+        loaded = _load_model(transformers, name, folder, files)
+        reader = _load_reader(transformers, kind, tokenizer or folder, folder)
+    return Subject(folder.name, kind, loaded.to(device).eval(), reader)
+
+
+def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> Subject:
+    """A model of transformers that is in memory already.
+
+    Args:
+        tokenizer: Needed for a model of text.
+
+    Raises:
+        CheckpointError: If it is no model of transformers, of another kind, or lacks its tokenizer.
+    """
+    transformers = require("transformers", extra="clinic")
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise CheckpointError(
+            f"model must be a model of transformers; got {type(model).__name__}. Load it with from_pretrained."
+        )
+    settings = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    kind, _ = _kind(transformers, settings, type(model).__name__)
+    if kind != "image" and tokenizer is None:
+        raise CheckpointError(f"tokenizer must be given for {type(model).__name__}, which reads text.")
+    return Subject(name or type(model).__name__, kind, model, tokenizer)
+
+
+def _folder(model: str) -> Path:
+    if (path := Path(model).expanduser()).exists():
+        if not path.is_dir():
+            raise CheckpointError(f"MODEL must be a folder with a config.json, or an id; {path} is a file.")
+        return path.resolve()
+    if not _ID.fullmatch(model) or model.startswith("."):
+        raise CheckpointError(f"MODEL must be a folder, or an id such as owner/name; there is no {model} here.")
+    hub = require("huggingface_hub", extra="clinic")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(hub.snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # whatever the hub, its cache or the network say: one line of it, and the cause behind
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{model} is no folder here and could not be had as an id ({told}). Check the name, or download it first."
+        ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"MODEL must hold a config.json; {folder} holds none. Name the folder of a checkpoint.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} must hold an object; it holds {type(settings).__name__}. Download it again.")
+    return settings
+
+
+def _kind(transformers: Any, settings: dict[str, Any], where: object) -> tuple[Kind, str]:
+    """The kind, and the name of the class to load it as."""
+    from transformers.models.auto import modeling_auto as auto
+
+    family = str(settings.get("model_type"))
+    names = settings.get("architectures") or [auto.MODEL_MAPPING_NAMES.get(family, "")]
+    name = names[0] if isinstance(names[0], str) else ""
+    if settings.get("auto_map") and not hasattr(transformers, name):
+        raise CheckpointError(f"{where} needs code of its own to run, which is never done. {_SUPPORTED}.")
+    if not name or not hasattr(transformers, name):
+        raise CheckpointError(f"{where} has an unknown architecture ({name or family}). {_SUPPORTED}.")
+    if settings.get("is_encoder_decoder"):
+        raise CheckpointError(f"{where} ({name}) is an encoder with a decoder. {_SUPPORTED}.")
+    if family in _IMAGE_MODELS:
+        known = (*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(), auto.MODEL_MAPPING_NAMES.get(family))
+        return "image", name if name in known else str(auto.MODEL_MAPPING_NAMES[family])
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not name.startswith(("Bert", "Roberta", "Electra")):
+        return "causal", name
+    if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "encoder", name
+    reads_masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if reads_masked and family in auto.MODEL_MAPPING_NAMES:  # a classifier's body, or the body alone
+        body = auto.MODEL_MAPPING_NAMES[family]
+        return "encoder", body if isinstance(body, str) else body[0]
+    if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        head = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+        raise CheckpointError(f"{where} ({name}) is a causal body without its head. Save it as {head}.")
+    raise CheckpointError(f"{where} ({name}) is of a kind that the clinic has no check-ups for. {_SUPPORTED}.")
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error}). Download it again.") from error
+        files = [folder / str(shard) for shard in shards]
+        if outside := [file for file in files if file.resolve().parent != folder.resolve() and not file.is_symlink()]:
+            raise CheckpointError(f"{index} names a file outside its folder ({outside[0].name}), which is not read.")
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])}, which its index names. Download it again.")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(file for pattern in _PICKLES for file in folder.glob(pattern))
+    if not pickles:
+        raise CheckpointError(f"{folder} holds no weights (model.safetensors). Name the folder of a whole checkpoint.")
+    if not allow_pickle or not (folder / "pytorch_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights as a pickle ({pickles[0].name}), which can run code. Convert them to "
+            "safetensors, or pass --allow-pickle to read a pytorch_model.bin as plain tensors."
+        )
+    return [folder / "pytorch_model.bin"]
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if not list(opened.keys()):
+                raise CheckpointError(f"{file} holds no weights. Download it again.")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}). Download it again.") from error
+
+
+def _check_room(num_bytes: int, folder: Path, device: torch.device) -> None:
+    free: float = require("psutil", extra="clinic").virtual_memory().available
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if num_bytes > free:
+        raise CheckpointError(
+            f"the weights of {folder} need {num_bytes / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free. Free "
+            "some, or take a smaller model."
+        )
+
+
+def _load_model(transformers: Any, name: str, folder: Path, files: list[Path]) -> nn.Module:
+    """The model with every weight in place; what it lacks or has too much of is told, not filled in at random."""
+    is_pickle = files[0].suffix == ".bin"
+    try:
+        loaded, told = getattr(transformers, name).from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=not is_pickle,
+            weights_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # from_pretrained raises whatever a damaged config or file leads to
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded as {name}: {first}") from error
+    missing = [key for key in told["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks weights that {name} needs ({', '.join(sorted(missing)[:3])}). Download it again."
+        )
+    if bad := next((key for key, part in loaded.named_parameters() if not bool(part.isfinite().all())), None):
+        raise CheckpointError(f"{folder} holds weights that are not finite ({bad}). Take an earlier checkpoint.")
+    model: nn.Module = loaded
+    return model
+
+
+def _load_reader(transformers: Any, kind: Kind, source: Path, folder: Path) -> Any:
+    if kind == "image":
+        file = source / "preprocessor_config.json"
+        return _ImageStatistics(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # it raises whatever a missing or damaged file leads to
+        raise CheckpointError(
+            f"{source} holds no tokenizer that can be read. Copy its tokenizer.json there, or name its folder with "
+            "--tokenizer."
+        ) from error
+
+
+class _ImageStatistics:
+    """What an image processor's file says of a model's pixels."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.image_mean, self.image_std = settings.get("image_mean"), settings.get("image_std")
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Inside, transformers, and what it imports, tell nothing but errors and draw no bars; afterwards as before."""
+    log = transformers.utils.logging
+    level, bars, disabled = log.get_verbosity(), log.is_progress_bar_enabled(), logging.root.manager.disable
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

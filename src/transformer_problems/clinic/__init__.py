@@ -1,0 +1,1 @@
+"""The clinic: a check-up of a real model for each of the 18 problems."""
