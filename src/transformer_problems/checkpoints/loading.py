@@ -45,7 +45,8 @@ def load_subject(
     transformers = require("transformers", extra="clinic")
     folder = _folder(str(model))
     settings = _config(folder)
-    kind, name = _kind(transformers, settings, folder)
+    with _quiet(transformers):
+        kind, name = _kind(transformers, settings, folder)
     files = _weight_files(folder, allow_pickle)
     for file in files:
         if file.suffix == ".safetensors":
@@ -72,7 +73,8 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
             f"model must be a model of transformers; got {type(model).__name__}. Load it with from_pretrained."
         )
     settings = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    kind, _ = _kind(transformers, settings, type(model).__name__)
+    with _quiet(transformers):
+        kind, _ = _kind(transformers, settings, type(model).__name__)
     if kind != "image" and tokenizer is None:
         raise CheckpointError(f"tokenizer must be given for {type(model).__name__}, which reads text.")
     return Subject(name or type(model).__name__, kind, model, tokenizer)
@@ -133,7 +135,7 @@ def _kind(transformers: Any, settings: dict[str, Any], where: object) -> tuple[K
     if reads_masked and family in auto.MODEL_MAPPING_NAMES:  # a classifier's body, or the body alone
         body = auto.MODEL_MAPPING_NAMES[family]
         return "encoder", body if isinstance(body, str) else body[0]
-    if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name == auto.MODEL_MAPPING_NAMES.get(family):
         head = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
         raise CheckpointError(f"{where} ({name}) is a causal body without its head. Save it as {head}.")
     raise CheckpointError(f"{where} ({name}) is of a kind that the clinic has no check-ups for. {_SUPPORTED}.")

@@ -91,7 +91,7 @@ def machines_images() -> Material:
         top, left = (int(rng.integers(0, most - side + 1)) for most in (height, width))
         piece = photograph[None, :, top : top + side, left : left + side].float() / 255
         pieces.append(torch.nn.functional.interpolate(piece, (_IMAGE_SIDE, _IMAGE_SIDE), mode="bilinear"))
-    return Material("two photographs that come with scikit-learn", images=torch.cat(pieces))
+    return Material("two photographs that come with scikit-learn", images=torch.cat(pieces).clamp(0, 1))
 
 
 def _read(file: Path) -> str:

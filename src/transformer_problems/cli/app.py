@@ -37,6 +37,11 @@ class DeviceOption(StrEnum):
     cuda = "cuda"
 
 
+class FailOnOption(StrEnum):
+    mild = "mild"
+    severe = "severe"
+
+
 class FormatOption(StrEnum):
     json = "json"
     csv = "csv"
@@ -127,6 +132,62 @@ def report(
     from transformer_problems.cli.measure import redraw
 
     redraw(folder)
+
+
+@app.command()
+def diagnose(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint's folder or Hugging Face id; the bundled model if none is given."),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="01,07", help="Numbers or slugs of problems; all by default.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="PATH", help="Your own text, or folder of texts or images.")
+    ] = None,
+    device: Annotated[DeviceOption, typer.Option(help="auto takes a GPU where there is one.")] = DeviceOption.auto,
+    budget_s: Annotated[
+        float | None, typer.Option(min=0.0, metavar="S", help="Begin no further check-up after so many seconds.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws: the same gives the same numbers, but for seconds.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=_folder, metavar="FILE", help="Write the findings for programs.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", parser=_folder, metavar="FILE", help="Write a page with plots.")
+    ] = None,
+    fail_on: Annotated[
+        FailOnOption | None, typer.Option(help="Exit with code 1 if a finding is as bad as this or worse.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights from a pickle, as plain tensors only.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="DIR", help="Folder of the tokenizer, if not the model's.")
+    ] = None,
+) -> None:
+    """Examine a real checkpoint for the 18 problems: what it suffers from, and what would help.
+
+    Works offline, but for an id that is not on this machine. Never runs code that comes with a checkpoint.
+    """
+    from transformer_problems.cli.diagnose import DiagnosisRequest, diagnose_model
+
+    diagnose_model(
+        DiagnosisRequest(
+            model,
+            only,
+            data,
+            device.value,
+            budget_s,
+            seed,
+            json_file,
+            html_file,
+            None if fail_on is None else fail_on.value,
+            allow_pickle,
+            tokenizer,
+        )
+    )
 
 
 @app.command()

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from transformer_problems.core.records import Interval
 
-Severity = Literal["ok", "mild", "severe", "not applicable"]
-SEVERITIES: tuple[Severity, ...] = ("severe", "mild", "ok", "not applicable")  # the worst first
+Severity = Literal["severe", "mild", "ok", "not applicable", "not examined"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the worst first
 
 
 @dataclass(frozen=True, slots=True)

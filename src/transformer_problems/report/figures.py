@@ -19,7 +19,7 @@ WIDTH, DPI = 8.0, 200  # 1,600 pixels wide: text of 8 points stays 11 pixels tal
 _LEFT, _TOP = 0.36, 0.3
 _TITLE, _FINDING, _FOOTER = 15.0, 10.0, 7.6
 _AFTER_TITLE, _AFTER_FINDING, _AFTER_PANELS, _AFTER_STRIP, _BOTTOM = 0.06, 0.24, 0.24, 0.16, 0.24
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": FONT,
     "svg.hashsalt": "transformer-problems",
     "svg.fonttype": "path",
@@ -44,7 +44,7 @@ def draw_problem(
         path_png: Where the bitmap goes, 1,600 pixels wide.
         path_svg: Where the vector picture goes, if anywhere.
     """
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", STYLE]):
         figure = compose(summary, problem, catalogue_colours(catalogue))
         figure.savefig(path_png, metadata={"Software": None})
         if path_svg is not None:

@@ -58,6 +58,28 @@ def format_bytes(value: float, digits: int = 3) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {_BINARY_UNITS[power]}"
 
 
+def format_amount(value: float) -> str:
+    """A large count in three digits: "22.7M"."""
+    for size, unit in _SI_UNITS:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return format_number(value)
+
+
+def format_reading(estimate: Interval, unit: str) -> str:
+    """What a check-up read, with its interval and unit: "8.1% ±0.3", "0.21 s"."""
+    if unit == "%":
+        as_percent = Interval(*(100 * bound for bound in (estimate.value, estimate.low, estimate.high)))
+        number, _, spread = format_estimate(as_percent, 3).partition(" ")
+        return f"{number}%" + (f" {spread}" if spread else "")
+    return format_estimate(estimate) + ("" if unit == "1" else f" {unit}")
+
+
+def format_limit(value: float, unit: str) -> str:
+    """A threshold as short as it can be said: "25%", "0.1 s"."""
+    return format_reading(Interval(*[float(f"{value:.2g}")] * 3), unit)
+
+
 def format_interval(estimate: Interval | None, column: Column) -> str:
     """One cell of a measured table; a metric named `..._bytes` is written in binary units."""
     if estimate is None:

@@ -1,13 +1,13 @@
 """The static site: an index of all problems, a page for each, and the records behind every number."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformer_problems.catalogue import Catalogue, Problem
+from transformer_problems.catalogue import Catalogue
 from transformer_problems.core.summaries import ProblemSummary
 from transformer_problems.report.colours import catalogue_colours
 from transformer_problems.report.figures import draw_problem, machine
+from transformer_problems.report.inline import inline_svg
 from transformer_problems.report.ledger import Record, ledger, records_csv
 from transformer_problems.report.scales import has_chart
 from transformer_problems.report.story import (
@@ -15,7 +15,6 @@ from transformer_problems.report.story import (
     pairs_best_first,
     render,
     status_of,
-    themed,
     variants_of,
     write_text,
 )
@@ -55,7 +54,11 @@ def write_site(folder: Path, catalogue: Catalogue, summaries: Mapping[int, Probl
             "problem.html.j2",
             problem=problem,
             summary=summary,
-            picture=_inline_svg(home / "problem.svg", problem) if summary and has_chart(summary) else "",
+            picture=inline_svg(
+                (home / "problem.svg").read_text(encoding="utf-8"), f"Measured picture of problem {problem.number:02d}"
+            )
+            if summary and has_chart(summary)
+            else "",
             pairs=[
                 (pair, status_of(pair, rows), rows.get(pair.solution.slug), variants_of(pair, summary))
                 for pair in catalogue.pairs(problem)
@@ -93,11 +96,3 @@ def _index(catalogue: Catalogue, summaries: Mapping[int, ProblemSummary]) -> dic
         "num_helping": sum(helped.values()),
         "machines": list(dict.fromkeys(machine(summary.environment) for summary in summaries.values())),
     }
-
-
-def _inline_svg(path: Path, problem: Problem) -> str:
-    """The picture as an element of a page: no metadata, the page's theme, a name for screen readers."""
-    svg = path.read_text(encoding="utf-8")
-    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    body = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: themed(found[0]), body)
-    return body.replace("<svg ", f'<svg role="img" aria-label="Measured picture of problem {problem.number:02d}" ', 1)

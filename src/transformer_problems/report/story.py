@@ -10,7 +10,18 @@ from transformer_problems.catalogue import Catalogue, Problem, Reference, Treatm
 from transformer_problems.core.summaries import ProblemSummary, Row
 from transformer_problems.report.colours import VERDICT_MARKS, dark_theme
 from transformer_problems.report.figures import provenance
-from transformer_problems.report.formatting import ABSENT, NOT_YET, format_count, format_interval, format_verdict
+from transformer_problems.report.formatting import (
+    ABSENT,
+    NOT_YET,
+    format_amount,
+    format_bytes,
+    format_count,
+    format_interval,
+    format_limit,
+    format_number,
+    format_reading,
+    format_verdict,
+)
 from transformer_problems.report.strip import gain_text
 
 _ON_A_CARD, _FEW_SEEDS = 3, 3
@@ -87,7 +98,12 @@ def render(template: str, **context: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "amount": format_amount,
+        "bytes": format_bytes,
         "interval": format_interval,
+        "limit": format_limit,
+        "number": format_number,
+        "reading": format_reading,
         "count": format_count,
         "gain": gain_text,
         "headline": headline,

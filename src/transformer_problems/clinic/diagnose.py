@@ -1,0 +1,193 @@
+"""Examines a model for the 18 problems, one after the other."""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformer_problems import __version__
+from transformer_problems.catalogue import Problem, load_catalogue
+from transformer_problems.catalogue.checkups import CheckupEntry, load_checkups
+from transformer_problems.checkpoints.checkup import Visit
+from transformer_problems.checkpoints.loading import load_subject, subject_of
+from transformer_problems.checkpoints.material import (
+    Material,
+    machines_images,
+    machines_texts,
+    own_images,
+    own_texts,
+)
+from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.clinic.diagnosis import Description, Diagnosis
+from transformer_problems.core.errors import ArgumentError, TransformerProblemsError
+from transformer_problems.core.findings import SEVERITIES, Examination, Finding, NotApplicable, Reading
+from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
+from transformer_problems.problems import has_checkup, load_checkup
+
+_LOG = logging.getLogger(__name__)
+
+
+def diagnose(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    *,
+    data: Path | str | None = None,
+    only: Collection[int] | None = None,
+    device: DeviceChoice = "cpu",
+    seed: int = 0,
+    budget_s: float | None = None,
+    on_finding: Callable[[Finding], None] | None = None,
+) -> Diagnosis:
+    """Examine a transformers model for the 18 problems.
+
+    Args:
+        model: A model of transformers in memory, a checkpoint's folder, or an id.
+        tokenizer: Of a model of text in memory.
+        data: A text file, a folder of them, or for a model of images a folder of images. Default what every machine
+            has: the standard library's sources, or scikit-learn's two photographs.
+        only: Numbers of problems. Default all.
+        device: Of a checkpoint; a model in memory stays where it is.
+        seed: Of all draws; the same seed gives the same numbers on one machine, but for seconds.
+        budget_s: After so many seconds no further check-up begins.
+        on_finding: Called with each finding as it is made.
+
+    Raises:
+        CheckpointError: If the model cannot be examined.
+        ArgumentError: If there is no such problem, or the data cannot be read.
+
+    Example:
+        >>> from transformer_problems import bundled, diagnose
+        >>> found = diagnose(bundled("base"), only=[2])
+        >>> found.findings[0].problem, found.findings[0].severity
+        (2, 'ok')
+    """
+    if isinstance(model, nn.Module):
+        subject = subject_of(model, tokenizer)
+    else:
+        subject = load_subject(model, device=resolve_device(device))
+    visit = Visit(subject, material_for(subject, None if data is None else Path(data)), seed)
+    found = begin(visit)
+    started = perf_counter()
+    for finding in examine(visit, chosen_problems(only), budget_s=budget_s):
+        found = found.with_finding(finding, perf_counter() - started)
+        if on_finding is not None:
+            on_finding(finding)
+    return finished(found)
+
+
+def chosen_problems(only: Collection[int] | None) -> list[Problem]:
+    """The problems of these numbers, all by default.
+
+    Raises:
+        ArgumentError: If there is none of a number.
+    """
+    problems = load_catalogue().problems
+    numbers = [problem.number for problem in problems]
+    if only is not None and (unknown := sorted(set(only) - set(numbers))):
+        raise ArgumentError(f"only must hold numbers of problems, 1 to {numbers[-1]}; got {unknown[0]}.")
+    return [problem for problem in problems if only is None or problem.number in only]
+
+
+def material_for(subject: Subject, data: Path | None) -> Material:
+    """What a model of this kind is examined on.
+
+    Raises:
+        ArgumentError: If the user's data cannot be read.
+    """
+    if subject.kind == "image":
+        return machines_images() if data is None else own_images(data)
+    return machines_texts() if data is None else own_texts(data)
+
+
+def begin(visit: Visit) -> Diagnosis:
+    """A diagnosis without findings yet."""
+    subject = visit.subject
+    description = Description(
+        name=subject.name,
+        architecture=type(subject.model).__name__,
+        kind=subject.kind,
+        num_parameters=subject.num_parameters,
+        weight_bytes=subject.weight_bytes,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        trained_len=subject.trained_len,
+        hard_limit=subject.hard_limit,
+    )
+    return Diagnosis(description, visit.material.source, visit.seed, describe_environment(subject.device, __version__))
+
+
+def finished(found: Diagnosis) -> Diagnosis:
+    """The diagnosis, every check-up asked for having ended."""
+    return replace(found, complete=True)
+
+
+def examine(
+    visit: Visit,
+    problems: Sequence[Problem],
+    *,
+    budget_s: float | None = None,
+    on_start: Callable[[Problem], None] | None = None,
+) -> Iterator[Finding]:
+    """A finding for each problem, as it is made."""
+    began = perf_counter()
+    for problem in problems:
+        if budget_s is not None and perf_counter() - began >= budget_s:
+            yield Finding(problem.number, "not examined", f"the budget of {budget_s:g} s was used up before")
+            continue
+        if on_start is not None:
+            on_start(problem)
+        yield _finding(visit, problem)
+
+
+def judge(entry: CheckupEntry, examination: Examination, seconds: float = 0.0) -> Finding:
+    """What an examination amounts to by the catalogue's thresholds."""
+    readings = [
+        Reading(value, threshold := entry.thresholds[metric], threshold.severity(value.value))
+        for metric, value in examination.readings.items()
+    ]
+    readings.sort(key=lambda reading: SEVERITIES.index(reading.severity))
+    severity = readings[0].severity
+    remedies = sorted(examination.remedies, key=lambda remedy: -remedy.factor) if severity != "ok" else []
+    return Finding(
+        entry.problem,
+        severity,
+        examination.meaning,
+        tuple(readings),
+        tuple(remedies),
+        examination.curve,
+        examination.figures,
+        seconds,
+    )
+
+
+def _finding(visit: Visit, problem: Problem) -> Finding:
+    """One check-up's finding. What goes wrong in it is told in its place, and the others go on."""
+    started = perf_counter()
+    if not has_checkup(problem):
+        return Finding(problem.number, "not examined", "there is no check-up for this problem yet")
+    checkup = load_checkup(problem)
+    if reason := checkup.not_for.get(visit.subject.kind):
+        return Finding(problem.number, "not applicable", reason)
+    try:
+        examination = checkup.examine(visit)
+    except TransformerProblemsError as error:
+        return Finding(problem.number, "not examined", str(error), seconds=perf_counter() - started)
+    except torch.OutOfMemoryError:
+        return Finding(problem.number, "not examined", "there was not enough memory for this check-up")
+    except Exception as error:  # models come in more forms than were tried: told as a failure, never as a finding
+        _LOG.debug("check-up %02d failed", problem.number, exc_info=True)
+        told = str(error).strip().partition("\n")[0]
+        return Finding(
+            problem.number,
+            "not examined",
+            f"the check-up failed with {type(error).__name__}: {told}",
+            seconds=perf_counter() - started,
+        )
+    seconds = perf_counter() - started
+    if isinstance(examination, NotApplicable):
+        return Finding(problem.number, "not applicable", examination.reason, seconds=seconds)
+    return judge(load_checkups()[problem.number], examination, seconds)
