@@ -13,6 +13,7 @@ from transformer_problems.core.arguments import (
     require_positive,
     require_positive_int,
     require_share,
+    require_share_below_one,
     require_share_or_count,
     require_sizes,
     require_whole_numbers,
@@ -30,6 +31,7 @@ def test_good_values_pass() -> None:
     require_sizes("grid", [3], ("steps",))
     for value in (0.5, 0.01, 1, 7):
         require_share_or_count("merge", value, 0.5)
+    require_share_below_one(heads=0, neurons=0.99)
     require_whole_numbers(sizes=(1, -2), places=[0], none=())
     require_multiple("embed_dim", 12, "num_heads", 4)
     require_multiple_of("head_dim", 16, 2, "a pair of features")
@@ -48,6 +50,8 @@ def test_good_values_pass() -> None:
         (lambda: require_not_negative(size=False), "size must be a whole number; got False."),
         (lambda: require_whole_numbers(sizes=(1, True)), "sizes must be a tuple of whole numbers; got (1, True)."),
         (lambda: require_share(keep=True), "keep must be a share from 0 to 1; got True."),
+        (lambda: require_share_below_one(heads=1.0), "heads must be a share from 0 to below 1; got 1.0."),
+        (lambda: require_share_below_one(heads=None), "heads must be a share from 0 to below 1; got None."),
         (lambda: require_finite(threshold=float("inf")), "threshold must be a finite number; got inf."),
         (lambda: require_finite(threshold=False), "threshold must be a finite number; got False."),
         (lambda: require_flag(pad="no"), "pad must be True or False; got 'no'. Pass pad=True or pad=False."),

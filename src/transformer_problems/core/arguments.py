@@ -93,6 +93,13 @@ def require_share(**values: float) -> None:
             raise ArgumentError(f"{name} must be a share from 0 to 1; got {value!r}.")
 
 
+def require_share_below_one(**values: float) -> None:
+    """Raise ArgumentError unless every value is a number from 0 to below 1."""
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+            raise ArgumentError(f"{name} must be a share from 0 to below 1; got {value!r}.")
+
+
 def require_share_or_count(name: str, value: float, most: float) -> None:
     """Raise ArgumentError unless `value` is a share up to `most`, as a float, or a count from 1, as an int."""
     is_share = isinstance(value, float) and 0 < value <= most

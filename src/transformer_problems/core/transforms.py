@@ -181,16 +181,24 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def as_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
+def as_patterns(argument: str, patterns: Sequence[str], *, can_be_empty: bool = True) -> tuple[str, ...]:
     """Patterns as they were given to an argument of that name.
 
     Raises:
-        ArgumentError: If they are a single text, which would be taken letter by letter.
+        ArgumentError: If they are no sequence of texts, a single text, which would be taken letter by letter, or none
+            where one is needed.
     """
     if isinstance(patterns, str):
         raise ArgumentError(
             f"{argument} must be a sequence of patterns; got the single text {patterns!r}. Write ({patterns!r},)."
         )
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        rest = "() for none" if can_be_empty else "('*',) for all"
+        raise ArgumentError(
+            f"{argument} must be a sequence of patterns; got {patterns!r}. Write texts, as in ('head.*',), or {rest}."
+        )
+    if not patterns and not can_be_empty:
+        raise ArgumentError(f"{argument} must hold one pattern at least; got {patterns!r}. Write ('*',) for all.")
     return tuple(patterns)
 
 

@@ -229,18 +229,6 @@ def test_adapters_are_differentiable_and_empty_inputs_have_empty_outputs() -> No
     assert layer(x[0, 0]).shape == (3,)
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    model[1].weight = model[0].weight
-    return model
-
-
-def holding_nan() -> nn.Module:
-    model = nn.Sequential(nn.Linear(8, 8))
-    nn.init.constant_(model[0].weight, torch.nan)
-    return model
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -249,7 +237,6 @@ def holding_nan() -> nn.Module:
         ({"alpha": float("inf")}, "alpha must be finite"),
         ({"dropout": 1.0}, "dropout must be below 1"),
         ({"dropout": -0.1}, "dropout must be a share"),
-        ({"targets": "head"}, r"targets must be a sequence of patterns; got the single text 'head'. Write \('head',\)"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], words: str) -> None:
@@ -267,8 +254,6 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], words: str) -> 
         (LoRA(skip=("layers.*",)), encoder, r"unknown layer to skip 'layers.\*'. Known: "),
         (LoRA(targets=("head",), skip=("h*",)), encoder, "targets must name a layer that skip and train leave"),
         (LoRA(rank=2), lambda: LoRA(rank=2)(encoder()), "it has adapters already"),
-        (LoRA(rank=2), tied, "0 and 1 share theirs"),
-        (LoRA(rank=2), holding_nan, "0.weight holds NaN"),
         (LoRA(rank=2), lambda: nn.LayerNorm(4), "model must hold linear layers; this LayerNorm holds none"),
         (LoRA(rank=2), lambda: nn.Linear(4, 4), "Put a layer that stands alone into a torch.nn.Sequential"),
     ],

@@ -181,9 +181,3 @@ def test_scales_are_taken_out_once() -> None:
     assert error(smooth.undo(smoothed), plain()) < 1e-5
     with pytest.raises(ArgumentError, match="has none"):
         smooth.undo(plain())
-
-
-def test_one_text_is_no_sequence_of_patterns() -> None:
-    for make in (QuantizeInt8, QuantizeInt4, lambda skip: MagnitudePruning(0.5, skip=skip)):
-        with pytest.raises(ArgumentError, match=r"Write \('head',\)"):
-            make(skip="head")

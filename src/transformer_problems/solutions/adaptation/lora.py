@@ -79,8 +79,8 @@ class LoRA:
         if math.isinf(alpha):
             raise ArgumentError("alpha must be finite; got inf.")
         self.rank, self.alpha, self.dropout, self.seed = rank, alpha, dropout, seed
-        self.targets, self.skip = as_patterns("targets", targets), as_patterns("skip", skip)
-        self.train = as_patterns("train", train)
+        self.targets = as_patterns("targets", targets, can_be_empty=False)
+        self.skip, self.train = as_patterns("skip", skip), as_patterns("train", train)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         return self._adapted(treated_copy(model, self))

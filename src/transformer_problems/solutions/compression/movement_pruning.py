@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_share
+from transformer_problems.core.arguments import require_share, require_share_below_one
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.transforms import (
     TransformKind,
@@ -15,7 +15,7 @@ from transformer_problems.core.transforms import (
     replace_modules,
     treated_copy,
 )
-from transformer_problems.solutions.compression.sparse_linear import SparseLinear, check_sparsity, strongest
+from transformer_problems.solutions.compression.sparse_linear import SparseLinear, strongest
 
 
 class MovementLinear(nn.Module):
@@ -99,7 +99,7 @@ class MovementPruning:
     def __init__(
         self, sparsity: float, *, warmup: float = 0.1, cooldown: float = 0.2, skip: Sequence[str] = ()
     ) -> None:
-        check_sparsity(sparsity, None)
+        require_share_below_one(sparsity=sparsity)
         require_share(warmup=warmup, cooldown=cooldown)
         if warmup + cooldown >= 1:
             raise ArgumentError(

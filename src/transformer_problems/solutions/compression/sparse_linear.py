@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.arguments import require_share_below_one, require_whole_numbers
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.transforms import TransformKind
 
@@ -63,10 +64,13 @@ def check_sparsity(sparsity: float | None, pattern: Pattern | None) -> None:
         ArgumentError: If so.
     """
     if (sparsity is None) == (pattern is None):
-        raise ArgumentError(f"one of sparsity and pattern must be given; got sparsity={sparsity}, pattern={pattern}.")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ArgumentError(f"sparsity must be a share from 0 to below 1; got {sparsity}.")
-    if pattern is not None and not 0 <= pattern[0] < pattern[1]:
+        raise ArgumentError(f"one of sparsity and pattern must be given; got {sparsity!r} and {pattern!r}.")
+    if sparsity is not None:
+        require_share_below_one(sparsity=sparsity)
+    if pattern is None:
+        return
+    require_whole_numbers(pattern=pattern)
+    if len(pattern) != 2 or not 0 <= pattern[0] < pattern[1]:
         raise ArgumentError(f"pattern must be (zeros, of so many), with fewer zeros, as (2, 4); got {pattern}.")
 
 
