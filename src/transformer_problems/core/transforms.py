@@ -151,7 +151,7 @@ def replace_linears(
         ArgumentError: If there is nothing to replace, a pattern names no layer, or a weight is held elsewhere too.
     """
     check_skip(model, skip, nn.Linear)
-    uncalled = {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
+    uncalled = uncalled_layers(model)
     owners = _owners(model)
 
     def wanted(path: str, part: nn.Module) -> bool:
@@ -166,6 +166,11 @@ def replace_linears(
     if not replaced:
         raise ArgumentError("model must hold a torch.nn.Linear that is not skipped; it holds none.")
     return replaced
+
+
+def uncalled_layers(model: nn.Module) -> set[int]:
+    """Ids of the linear layers whose weight their parent reads: what stands in their place would never be called."""
+    return {id(part.out_proj) for part in model.modules() if isinstance(part, nn.MultiheadAttention)}
 
 
 def plain_weight(layer: nn.Linear) -> Tensor:

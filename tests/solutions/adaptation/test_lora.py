@@ -15,6 +15,7 @@ from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.solutions.adaptation.lora import LoRA, adapter_state, load_adapter, save_adapter
 from transformer_problems.solutions.adaptation.lora_linear import LoRALinear
+from transformer_problems.solutions.adaptation.qlora import QLoRA
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.compression.int4 import QuantizeInt4
 from transformer_problems.solutions.compression.int8 import QuantizeInt8
@@ -268,6 +269,19 @@ def test_models_that_make_no_sense_are_refused_and_left_alone(
         transform(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     assert [p.requires_grad for p in model.parameters()] == learns
+
+
+@pytest.mark.parametrize("make", [LoRA, QLoRA])
+@pytest.mark.parametrize("targets", [("*",), ("*out_proj",), ("linear1", "self_attn.*")])
+def test_layers_whose_weight_is_read_without_a_call_are_refused(make: type[LoRA], targets: tuple[str, ...]) -> None:
+    words = r"self_attn.out_proj is not, .*MultiheadAttention reads its weight. Pass skip=\('\*self_attn.out_proj',\)"
+    with pytest.raises(ArgumentError, match=words):
+        make(rank=2, targets=targets)(nn.TransformerEncoderLayer(16, 2, 32))
+    with pytest.raises(ArgumentError, match=r"skip=\('\*multihead_attn.out_proj', '\*self_attn.out_proj'\) to adapt"):
+        make(rank=2)(nn.TransformerDecoderLayer(16, 2, 32))
+    rest = make(rank=2, targets=("*",), skip=("*self_attn.out_proj",))(nn.TransformerEncoderLayer(16, 2, 32))
+    assert isinstance(rest.linear1, LoRALinear) and isinstance(rest.linear2, LoRALinear)
+    assert isinstance(rest.self_attn.out_proj, nn.Linear)
 
 
 def test_what_has_no_adapters_is_neither_merged_nor_undone() -> None:

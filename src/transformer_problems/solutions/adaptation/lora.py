@@ -21,6 +21,7 @@ from transformer_problems.core.transforms import (
     replace_linears,
     replace_modules,
     treated_copy,
+    uncalled_layers,
 )
 from transformer_problems.solutions.adaptation.lora_linear import LoRALinear, check_gradients, is_packed, place_of
 
@@ -42,7 +43,8 @@ class LoRA:
         seed: Of the adapters' start.
 
     Raises:
-        ArgumentError: If a size does not fit, patterns name nothing, weights are shared or not finite.
+        ArgumentError: If a size does not fit, patterns name nothing or the output layer of nn.MultiheadAttention, whose
+            weight is read without a call, or weights are shared or not finite.
         CombinationError: If the model has adapters already, or a layer that passes no gradients on.
 
     Source:
@@ -148,6 +150,7 @@ class LoRA:
         }
         if not chosen:
             raise ArgumentError(f"targets must name a layer that skip and train leave; {self.targets} name none.")
+        _check_called(model, chosen)
         for path, layer in chosen.items():
             self._check_rank(path, layer)
         return chosen
@@ -255,6 +258,18 @@ def _let_learn(model: nn.Module, learning: Mapping[str, nn.Parameter]) -> None:
         if id(p) not in left:
             raise ArgumentError(f"train must name parameters that stay floats; {name} is rounded. Skip its layer.")
         p.requires_grad_(True)
+
+
+def _check_called(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Refuse layers beside which an adapter would never be asked."""
+    uncalled = uncalled_layers(model)
+    paths = [path for path, layer in chosen.items() if id(layer) in uncalled]
+    if paths:
+        patterns = tuple(sorted({"*" + ".".join(path.split(".")[-2:]) for path in paths}))
+        raise ArgumentError(
+            f"targets must name layers that are called; {paths[0]} is not, for torch.nn.MultiheadAttention reads its "
+            f"weight. Pass skip={patterns} to adapt the other layers, or build the model with SelfAttention."
+        )
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -147,7 +147,8 @@ class QLoRA(LoRA):
         double_quant: Whether scales are rounded too; False takes 4.5 bits a weight in place of 4.13.
 
     Raises:
-        ArgumentError: If a size does not fit, patterns name nothing, weights are shared or not finite.
+        ArgumentError: If a size does not fit, patterns name nothing or the output layer of nn.MultiheadAttention, whose
+            weight is read without a call, or weights are shared or not finite.
         CombinationError: If the model has adapters already, or layers that were rounded before.
 
     Source:
