@@ -36,9 +36,9 @@ _MEANINGLESS: dict[tuple[TransformKind, TransformKind], str] = {
 class ModelTransform(Protocol):
     """A treatment of a whole model: model in, smaller, faster or cheaper to train model out.
 
-    A call returns a treated copy and leaves its argument as it was. Modules that it puts into the copy carry the
-    attribute `made_by`, its kind, by which later transforms know them. Where the treatment can be taken back, a method
-    `undo(model)` returns the model without it.
+    A call returns a treated copy and leaves its argument as it was. Modules that it puts into the copy, or gives other
+    sizes, carry the attribute `made_by`, its kind, by which later transforms know them. Where the treatment can be
+    taken back, a method `undo(model)` returns the model without it.
 
     `rebuild(model, tensors)` gives an untreated model of the same architecture the modules and shapes that the treated
     state_dict `tensors` needs, without its values, so that `load_treated` can read a saved model.

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.transforms import stored_bytes
 from transformer_problems.core.treated_files import load_treated, save_treated
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.compression.parameter_sharing import ShareLayers
+from transformer_problems.solutions.compression.structured_pruning import StructuredPruning
 
 
 def decoder(num_layers: int = 5, seed: int = 0) -> Decoder:
@@ -91,9 +92,29 @@ def test_albert_is_an_encoder_of_shared_layers() -> None:
         torch.testing.assert_close(mine.weight.grad, other.weight.grad, rtol=1e-8, atol=1e-10)
 
 
+def test_layers_that_heads_and_neurons_left_are_not_shared() -> None:
+    pruned = StructuredPruning()(decoder())
+    partly = decoder()
+    partly.body.blocks[1] = StructuredPruning(heads=0.5, neurons=0)(partly.body.blocks[1])
+    for model, name in ((pruned, "body.blocks.0.mixer"), (partly, "body.blocks.1.mixer")):
+        words = f"ShareLayers makes no sense on {name}, a SelfAttention: .*Share first, then prune"
+        with pytest.raises(CombinationError, match=words):
+            ShareLayers()(model)
+    untouched = StructuredPruning(heads=0, neurons=0)(decoder())
+    assert len({id(block) for block in ShareLayers()(untouched).body.blocks}) == 1
+
+
 def test_models_without_alike_layers_and_bad_groups_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="must hold an nn.ModuleList of two or more layers of one form"):
-        ShareLayers()(nn.ModuleDict({"a": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)])}))
+    words = "must hold an nn.ModuleList of two or more layers of one form; "
+    with pytest.raises(ArgumentError, match=f"{words}this Sequential has none"):
+        ShareLayers()(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    for layers, difference in (
+        ([nn.Linear(2, 2), nn.Linear(2, 3)], r"a.1 and a.0 differ in weight, \[3, 2\] and \[2, 2\]\. Share before"),
+        ([nn.Linear(2, 2)] * 2 + [nn.Linear(2, 2, bias=False)], r"a.2 and a.0 differ in bias, none and \[2\]"),
+        ([nn.Linear(2, 2), nn.Bilinear(2, 2, 2)], "a.1 and a.0 differ in class, Bilinear and Linear"),
+    ):
+        with pytest.raises(ArgumentError, match=words + difference):
+            ShareLayers()(nn.ModuleDict({"a": nn.ModuleList(layers)}))
     with pytest.raises(ArgumentError, match="got 6, and body.blocks has 5"):
         ShareLayers(groups=6)(decoder())
     with pytest.raises(ArgumentError, match="groups"):

@@ -1,5 +1,6 @@
 """Heads and neurons leave, and the rest computes what it would with theirs at zero."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformer_problems.lab.meters.flops import count_flops
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.llama import LlamaConfig, LlamaDecoder
 from transformer_problems.solutions.attention.self_attention import SelfAttention
+from transformer_problems.solutions.compression.parameter_sharing import ShareLayers
 from transformer_problems.solutions.compression.structured_pruning import StructuredPruning
 from transformer_problems.solutions.position.alibi import ALiBi
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
@@ -116,7 +118,82 @@ def test_the_original_is_left_as_it_was() -> None:
     assert torch.equal(model(tokens), before)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, 2])
+def test_a_block_that_runs_in_every_place_is_pruned_once_for_all() -> None:
+    shared, tokens = ShareLayers()(decoder()), torch.randint(17, (2, 7))
+    pruned = StructuredPruning(heads=0.5, neurons=0.75)(shared)
+    assert pruned.body.blocks[0] is pruned.body.blocks[1]
+    assert pruned.body.blocks[0].mixer.num_heads == 2
+    silence(shared, pruned)
+    torch.testing.assert_close(pruned(tokens), shared(tokens), rtol=1e-12, atol=1e-12)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def twice_in_one() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+def one_layer_in_two_networks() -> nn.Module:
+    model = nn.ModuleList([network(), network()])
+    model[1][0] = model[0][0]
+    return model
+
+
+def tied_in_two_networks(name: str) -> nn.Module:
+    model = nn.ModuleList([network(), network()])
+    setattr(model[1][0], name, getattr(model[0][0], name))
+    return model
+
+
+def tied_to_the_model_itself() -> nn.Module:
+    model = nn.ModuleDict({"net": network()})
+    model.table = model["net"][2].weight
+    return model
+
+
+def tied_queries_and_keys() -> nn.Module:
+    model = decoder()
+    model.body.blocks[1].mixer.k_proj.weight = model.body.blocks[1].mixer.q_proj.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "remedy"),
+    [
+        (twice_in_one, "0 and 2", "neurons=0"),
+        (one_layer_in_two_networks, "0.0 and 1.0", "neurons=0"),
+        (lambda: tied_in_two_networks("weight"), "0.0 and 1.0", "neurons=0"),
+        (lambda: tied_in_two_networks("bias"), "0.0 and 1.0", "neurons=0"),
+        (tied_to_the_model_itself, "the model and net.2", "neurons=0"),
+        (tied_queries_and_keys, "body.blocks.1.mixer.q_proj and body.blocks.1.mixer.k_proj", "heads=0"),
+    ],
+)
+def test_shared_weights_are_refused_unless_they_stay_as_they_are(
+    make: Callable[[], nn.Module], names: str, remedy: str
+) -> None:
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    number = len(list(model.parameters()))
+    words = rf"belong to one layer to become smaller; {names} share theirs. Untie them, or pass {remedy}\.$"
+    with pytest.raises(ArgumentError, match=words):
+        StructuredPruning()(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    kept = StructuredPruning(**{"heads": 0.5, "neurons": 0.5, remedy[:-2]: 0})(model)
+    assert len(list(kept.parameters())) == len(list(model.parameters())) == number  # each tied weight counts once
+
+
+def test_weights_tied_outside_of_what_shrinks_stay_tied() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 8), "net": network(), "head": nn.Linear(8, 5)})
+    model["head"].weight = model["embedding"].weight
+    pruned = StructuredPruning()(model)
+    assert pruned["net"][0].out_features == 4
+    assert pruned["head"].weight is pruned["embedding"].weight
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2, None, "half", True])
 def test_shares_out_of_range_are_refused(share: float) -> None:
     with pytest.raises(ArgumentError, match="heads must be a share from 0 to below 1"):
         StructuredPruning(heads=share)

@@ -75,23 +75,41 @@ def alike_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost stacks of two layers or more that have the same parts and shapes, by path.
 
     Raises:
-        ArgumentError: If there is none.
+        ArgumentError: If there is none; where a stack has layers of several forms, it names two and what differs.
     """
     found: dict[str, nn.ModuleList] = {}
+    differing = ""
     for path, part in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(part, nn.ModuleList) and len(part) > 1 and not inside and len({_form(x) for x in part}) == 1:
+        if not isinstance(part, nn.ModuleList) or len(part) < 2 or inside:
+            continue
+        difference = _difference(path, part)
+        if not difference:
             found[path] = part
+        differing = differing or difference
     if not found:
         raise ArgumentError(
-            f"model must hold an nn.ModuleList of two or more layers of one form; this {type(model).__name__} has none."
+            "model must hold an nn.ModuleList of two or more layers of one form; "
+            f"{differing or f'this {type(model).__name__} has none.'}"
         )
     return found
 
 
-def _form(layer: nn.Module) -> tuple[str, ...]:
-    """What layers that may share have in common: classes and the names and shapes of what they store."""
-    tensors = (
-        f"{name}: {tuple(value.shape)}" for name, value in layer.state_dict().items() if isinstance(value, Tensor)
-    )
-    return (type(layer).__qualname__, *tensors)
+def _difference(path: str, stack: nn.ModuleList) -> str:
+    """Which layer cannot be the first one too, and why, in a sentence; empty where all are alike."""
+    first, prefix = _form(stack[0]), f"{path}." if path else ""
+    for i, layer in enumerate(stack):
+        form = _form(layer)
+        for name in (*first, *form):
+            if first.get(name) != form.get(name):
+                mine, theirs = form.get(name, "none"), first.get(name, "none")
+                return (
+                    f"{prefix}{i} and {prefix}0 differ in {name}, {mine} and {theirs}. Share before what made them so."
+                )
+    return ""
+
+
+def _form(layer: nn.Module) -> dict[str, str]:
+    """What layers that may share have in common: their class, and the names and shapes of what they store."""
+    tensors = {name: value for name, value in layer.state_dict().items() if isinstance(value, Tensor)}
+    return {"class": type(layer).__qualname__, **{name: str(list(t.shape)) for name, t in tensors.items()}}

@@ -1,11 +1,12 @@
 """Structured pruning: whole heads and neurons leave, so that smaller dense matrices remain."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.arguments import require_share_below_one
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.transforms import TransformKind, treated_copy
 
@@ -30,7 +31,9 @@ class StructuredPruning:
         neurons: Share of the feed-forward neurons to remove.
 
     Raises:
-        ArgumentError: If a share is not from 0 to below 1, there is nothing to prune, or weights are not finite.
+        ArgumentError: If a share is not from 0 to below 1, there is nothing to prune, or weights are not finite or
+            belong to another layer too; a block that runs in several places, as ShareLayers leaves them, is pruned
+            once for all.
         CombinationError: If an op or position encoding is built for the number of heads, or the model was fused,
             rounded or adapted before.
 
@@ -49,23 +52,28 @@ class StructuredPruning:
     kind: TransformKind = "prune"
 
     def __init__(self, *, heads: float = 0.5, neurons: float = 0.5) -> None:
-        for name, share in (("heads", heads), ("neurons", neurons)):
-            if not 0 <= share < 1:
-                raise ArgumentError(f"{name} must be a share from 0 to below 1; got {share}.")
+        require_share_below_one(heads=heads, neurons=neurons)
         self.heads, self.neurons = heads, neurons
 
     def __call__(self, model: nn.Module) -> nn.Module:
         pruned = treated_copy(model, self)
         _check_plain(pruned)
-        found = 0
-        for path, part in list(pruned.named_modules()):
+        found, shared = 0, _shared(pruned)
+        parts: list[tuple[str, Any]] = list(pruned.named_modules())
+        for path, part in parts:
             if _is_attention(part):
                 keep = _heaviest(_group_weights(part), self.heads)
                 if len(keep) < part.num_kv_heads:
                     _check_free(path, part)
+                    _check_unshared([getattr(part, name) for name in _PROJECTIONS], shared, "heads=0")
                     _keep_heads(part, keep)
+                    part.made_by = self.kind
             elif (pair := _feed_forward(part)) is not None:
-                _keep_neurons(*pair, _heaviest(_neuron_weights(*pair), self.neurons))
+                keep = _heaviest(_neuron_weights(*pair), self.neurons)
+                if len(keep) < pair[1].in_features:
+                    _check_unshared([*pair[0], pair[1]], shared, "neurons=0")
+                    _keep_neurons(*pair, keep)
+                    part.made_by = self.kind
             else:
                 continue
             found += 1
@@ -106,6 +114,27 @@ def _check_free(path: str, attention: Any) -> None:
             raise CombinationError(
                 f"{type(part).__name__} of {path} is built for {part.num_heads} heads, of which none can leave. Pass "
                 "heads=0."
+            )
+
+
+def _shared(model: nn.Module) -> dict[int, str]:
+    """Layers whose weight or bias is used elsewhere, by id: where, in words; a block that runs twice stands once."""
+    places = {id(p): ["the model"] for p in model.parameters(recurse=False)}
+    for prefix, parent in model.named_modules():
+        for name, child in parent._modules.items():  # named_children leaves out a child's second name
+            for p in () if child is None else child.parameters(recurse=False):
+                places.setdefault(id(p), []).append(f"{prefix}.{name}" if prefix else name)
+    layers = [(id(part), id(p)) for part in model.modules() for p in part.parameters(recurse=False)]
+    return {layer: " and ".join(places[p]) for layer, p in layers if len(places[p]) > 1}
+
+
+def _check_unshared(layers: Sequence[nn.Linear], shared: Mapping[int, str], remedy: str) -> None:
+    """Refuse layers that would lose what they share with others, or take from others what those need."""
+    for layer in layers:
+        if id(layer) in shared:
+            raise ArgumentError(
+                f"weights must belong to one layer to become smaller; {shared[id(layer)]} share theirs. Untie them, or "
+                f"pass {remedy}."
             )
 
 
