@@ -19,6 +19,7 @@ from transformer_problems.models.encoder import Encoder
 from transformer_problems.models.vision import VisionTransformer
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.deployment import onnx_export
+from transformer_problems.solutions.deployment.compiled import CompiledModel
 from transformer_problems.solutions.deployment.onnx_export import OnnxReport, export_onnx
 from transformer_problems.solutions.deployment.onnx_session import OnnxSession
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
@@ -196,6 +197,10 @@ class OnlyFloat32(nn.Module):
         return x
 
 
+def compiled() -> nn.Module:
+    return CompiledModel(nn.Linear(3, 4), mode="default", backend="eager", dynamic=None)
+
+
 def within(part: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Identity(), part)
 
@@ -271,6 +276,8 @@ X = torch.ones(2, 3)
         ("text", X, {}, "model must be a torch.nn.Module; got str"),
         (nn.Linear(3, 4).bfloat16(), X, {}, "model must lie on a CPU in float32; weight is torch.bfloat16 on cpu"),
         (Codes(), X, {}, "model must hold floats; it, of class Codes, holds codes.*quantize_onnx"),
+        (compiled(), X, {}, "model must not be compiled; it is a CompiledModel. Export the plain model, before"),
+        (within(compiled()), X, {}, "must not be compiled; 1 is a CompiledModel.*CompileGraph.undo gives it back"),
         (nn.Linear(3, 4), "text", {}, "example_inputs must be tensors; got str"),
         (nn.Linear(3, 4), X.double(), {}, "example_inputs must lie on a CPU and be in float32.*got torch.float64"),
         (nn.Linear(3, 4), (X, X), {}, "example_inputs must fit forward of Linear: too many positional arguments"),

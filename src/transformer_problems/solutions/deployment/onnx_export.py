@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.modes import evaluating
+from transformer_problems.solutions.deployment.compiled import CompiledModel
 from transformer_problems.solutions.deployment.drafts import bytes_of, written_beside
 from transformer_problems.solutions.deployment.onnx_session import OnnxSession
 from transformer_problems.solutions.deployment.onnx_trace import (
@@ -93,8 +94,8 @@ def export_onnx(
 
     Raises:
         MissingDependencyError: If onnx, onnxscript or onnxruntime is not installed.
-        ArgumentError: If an argument does not fit, the model's Python code cannot be traced with these dynamic sizes,
-            ONNX lacks an operator, or the file's outputs are too far from the model's.
+        ArgumentError: If an argument does not fit, the model is compiled or its Python code cannot be traced with these
+            dynamic sizes, ONNX lacks an operator, or the file's outputs are too far from the model's.
         UnknownNameError: If `dynamic` names an input that there is not.
         OutputError: If `path` lies in no folder or cannot be written.
 
@@ -138,6 +139,11 @@ def _check_settings(model: nn.Module, onnx: Any, opset: int, tolerance: float | 
     if tolerance is not None and not (isinstance(tolerance, Real) and 0 <= tolerance < math.inf):
         raise ArgumentError(f"tolerance must be a number, 0 or more; got {tolerance!r}. Use None for the rule.")
     for path, module in model.named_modules():
+        if isinstance(module, CompiledModel):
+            raise ArgumentError(
+                f"model must not be compiled; {path or 'it'} is a CompiledModel. Export the plain model, before "
+                "compiling it; CompileGraph.undo gives it back."
+            )
         if getattr(module, "made_by", None) == "quantize":
             raise ArgumentError(
                 f"model must hold floats; {path or 'it'}, of class {type(module).__name__}, holds codes. Export the "
