@@ -43,7 +43,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size((64, 128), TextPlan(2, 30, 15, batch_size=8, num_tested=40), seeds=1),
-    "standard": _Size((128, 256), TextPlan(4, 120, 60, batch_size=8, num_tested=200), seeds=3),
+    "standard": _Size((128, 256), TextPlan(4, 300, 100, batch_size=8, num_tested=200), seeds=3),
     "full": _Size((256, 512, 1024), TextPlan(8, 4_000, 2_000, batch_size=64, num_tested=800), seeds=5),
 }
 
@@ -130,7 +130,8 @@ class HighComputeCost:
             f"of the bytes of real text, in windows of {WINDOW}. Each takes {plan.steps + plan.finishing_steps} steps "
             f"of {plan.batch_size} windows with AdamW at a peak rate of 0.002. Half the weights, or heads and neurons, "
             f"are pruned {plan.finishing_steps} steps before the end, by Wanda after it. MobileBERT has no teacher "
-            "here, on which its paper relies, and layer norms in place of the paper's NoNorm.",
+            "here, on which its paper relies, layer norms in place of the paper's NoNorm, and sinusoids where the others "
+            "turn queries and keys by RoPE.",
             "Kernels and bytes are those of PyTorch's operators, each tensor read and written once, with no cache; of "
             "the compiled graph only its kernels are counted.",
             "Weights at zero are stored and multiplied as any others, and save neither memory nor time; int4 weights "

@@ -31,6 +31,7 @@ from transformer_problems.solutions.compression.wanda import Wanda
 from transformer_problems.solutions.deployment.compiled import CompileGraph
 from transformer_problems.solutions.deployment.fused_feed_forward import FuseFeedForward
 from transformer_problems.solutions.deployment.fused_projections import FuseProjections
+from transformer_problems.solutions.position.rotary import RotaryEmbedding
 from transformer_problems.solutions.position.sinusoidal import SinusoidalEncoding
 from transformer_problems.solutions.tokens.bottleneck import BottleneckBlock
 from transformer_problems.solutions.tokens.long_short import LongShortAttention
@@ -62,14 +63,19 @@ def build_model(arm: str, width: int, num_layers: int) -> Encoder:
     """The arm's untrained model: a plain encoder, or one of the two that are cheap from the start."""
 
     def mixer(embed_dim: int = width) -> SelfAttention:
-        return SelfAttention(embed_dim, embed_dim // _HEAD_DIM, op=FlashAttention(), is_causal=False)
+        position = RotaryEmbedding(_HEAD_DIM)
+        return SelfAttention(embed_dim, embed_dim // _HEAD_DIM, op=FlashAttention(), is_causal=False, position=position)
 
-    model = Encoder(_VOCAB, width, num_layers, mixer, position=SinusoidalEncoding(width))
     if arm == "mobilebert":
+        model = Encoder(
+            _VOCAB, width, num_layers, mixer, position=SinusoidalEncoding(width)
+        )  # its blocks rotate nothing
         cast("Any", model.body).embedding = TrigramEmbedding(_VOCAB, width, width // 4)
         narrow = partial(BottleneckBlock, width, width // 4, num_heads=4, op=FlashAttention(), norm=nn.LayerNorm)
         model.body.blocks = TransformerLayers(narrow() for _ in range(num_layers))
-    elif arm == "lite":
+        return model
+    model = Encoder(_VOCAB, width, num_layers, mixer)
+    if arm == "lite":
         flat = partial(FeedForward, expansion=1)
         halves = (LongShortAttention(width, mixer(width // 2), kernel_size=15) for _ in range(num_layers))
         model.body.blocks = TransformerLayers(TransformerBlock(width, half, feed_forward=flat) for half in halves)
