@@ -118,21 +118,29 @@ def test_bad_input_is_refused() -> None:
     model, sites = decoder(), ["body.blocks.?"]
     with pytest.raises(UnknownNameError, match="unknown module 'blocks.9'. Nearest: "):
         activation_patching(model, CLEAN, CORRUPTED, metric, ["blocks.9"])
-    with pytest.raises(ArgumentError, match="clean and corrupted must be of one shape, .* \\[3, 5\\] and \\[3, 4\\]"):
-        activation_patching(model, CLEAN, CORRUPTED[:, 1:], metric, sites)
+    for corrupted, got in ((CORRUPTED[:, 1:], "torch.int64 \\[3, 4\\]"), ([[1, 2]], "\\[\\[1, 2\\]\\]")):
+        with pytest.raises(ArgumentError, match=f"must be tensors of one shape, .* \\[3, 5\\] and {got}"):
+            activation_patching(model, CLEAN, corrupted, metric, sites)
     with pytest.raises(ArgumentError, match="metric must differ between clean and corrupted; got .* for both"):
         activation_patching(model, CLEAN, CLEAN, metric, sites)
     for positions, got in (([5], "5"), ([-1], "-1"), ([True], "True"), ([1.0], "1.0")):
         with pytest.raises(ArgumentError, match=f"positions must be whole numbers from 0 to 4; got {got}"):
             activation_patching(model, CLEAN, CORRUPTED, metric, sites, positions=positions)
+    with pytest.raises(ArgumentError, match="positions must be whole numbers from 0 to 4; got 9"):
+        activation_patching(model, CLEAN, CORRUPTED, metric, sites, positions=9)
     with pytest.raises(ArgumentError, match="positions must hold one position at least"):
         activation_patching(model, CLEAN, CORRUPTED, metric, sites, positions=[])
     with pytest.raises(ArgumentError, match="head must be one of the 4 of body.blocks.0.mixer; got 7"):
         activation_patching(model, CLEAN, CORRUPTED, metric, [Site("body.blocks.*.mixer", head=7)])
-    with pytest.raises(ArgumentError, match="metric must give one finite number .*; got a tensor \\[3\\]"):
+    with pytest.raises(ArgumentError, match="metric must give one finite number .*; got torch.float64 \\[3\\]"):
         activation_patching(model, CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3], sites)
-    with pytest.raises(ArgumentError, match="metric must give one finite number .*; got nan"):
-        activation_patching(model, CLEAN, CORRUPTED, lambda logits: torch.nan, sites)
+    for answer in (torch.nan, None, "much", torch.tensor(1j)):
+        with pytest.raises(ArgumentError, match="metric must give one finite number .*; got (nan|None|'much'|torch.c)"):
+            activation_patching(model, CLEAN, CORRUPTED, lambda logits, answer=answer: answer, sites)
+    with pytest.raises(ArgumentError, match="metric must be a function of the model's output; got None"):
+        activation_patching(model, CLEAN, CORRUPTED, None, sites)
+    with pytest.raises(ArgumentError, match="sites must be paths or Site objects; got 3"):
+        activation_patching(model, CLEAN, CORRUPTED, metric, [3])
     with pytest.raises(CombinationError, match="an activation must be \\[3, 5, C\\] .*; body.blocks.0.mixer.op gave"):
         activation_patching(model, CLEAN, CORRUPTED, metric, ["body.blocks.0.mixer.op"])
     with pytest.raises(ArgumentError, match="batch_size must be positive; got 0"):

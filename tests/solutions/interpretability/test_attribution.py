@@ -67,6 +67,9 @@ def test_every_explainer_gives_one_finite_score_a_token_and_says_what_it_means(m
         (TOKENS, {"target": 3}, "target must be from 0 to 2; got 3"),
         (TOKENS, {"target": torch.tensor([0, -1])}, "target must be from 0 to 2; got -1"),
         (TOKENS, {"target": torch.tensor([0, 1, 2])}, r"target must be a whole number or \[B\] of them, B = 2; got"),
+        (TOKENS, {"target": "a"}, r"target must be a whole number or \[B\] of them, B = 2; got 'a'"),
+        (TOKENS, {"target": 2**70}, r"target must be a whole number or \[B\] of them, B = 2; got 118"),
+        (TOKENS, {"target": True}, r"target must be a whole number or \[B\] of them, B = 2; got True"),
         (TOKENS, {"target": 0.5}, r"target must be a whole number or \[B\] of them"),
     ],
 )
@@ -98,7 +101,9 @@ def test_a_gradient_that_is_no_number_is_refused() -> None:
     [
         (torch.ones(3), torch.zeros(1), r"scores must be floats \[B, N\]; got torch.float32 \[3\]"),
         (torch.ones(1, 3, dtype=torch.long), torch.zeros(1), r"scores must be floats \[B, N\]; got torch.int64"),
-        (torch.ones(2, 3), torch.zeros(1), r"target must have one entry for each of 2 sequences; got \[1\]"),
+        (torch.ones(2, 3), torch.zeros(1), r"target must have one entry for each of 2 .*; got .* \[1\]"),
+        ([[1.0, 2.0]], torch.zeros(1), r"scores must be floats \[B, N\]; got \[\[1.0, 2.0\]\]"),
+        (torch.ones(1, 3), 0, "target must have one entry for each of 1 sequences; got 0"),
         (torch.tensor([[1.0, torch.inf]]), torch.zeros(1), "scores must be finite; mine gave NaN or infinity"),
     ],
 )

@@ -171,6 +171,11 @@ def test_the_number_of_passes_is_as_stated() -> None:
         ({"shares": (0.5, 1.0)}, r"shares must hold numbers between 0 and 1; got \(0.5, 1.0\)"),
         ({"mask_token": 10}, "mask_token must be from 0 to 9; got 10"),
         ({"mask_token": -1}, "mask_token must be from 0 to 9; got -1"),
+        ({"mask_token": 1.5}, "mask_token must be from 0 to 9; got 1.5"),
+        ({"mask_token": True}, "mask_token must be from 0 to 9; got True"),
+        ({"shares": 0.5}, "shares must hold numbers between 0 and 1; got 0.5"),
+        ({"shares": ("a",)}, r"shares must hold numbers between 0 and 1; got \('a',\)"),
+        ({"keep": [True]}, r"keep must be bool \[2, 10\], .*; got \[True\]"),
         ({"num_controls": 0}, "num_controls must be positive; got 0"),
         ({"seed": -1}, "seed must not be negative; got -1"),
         ({"keep": torch.ones(2, 10)}, r"keep must be bool \[2, 10\]"),
@@ -188,6 +193,16 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
 def test_scores_of_other_tokens_are_refused(make: Callable[[], Tensor]) -> None:
     with pytest.raises(ArgumentError, match=r"attribution must have a score for each token, \[2, 10\]; got"):
         faithfulness(Counting(1), one_in(10), attribution(make()))
+
+
+def test_bare_scores_and_targets_that_the_model_has_not_are_refused() -> None:
+    with pytest.raises(
+        ArgumentError, match="attribution must be an Attribution; got torch.float32 .*Pass what an expl"
+    ):
+        faithfulness(Counting(1), one_in(10), torch.rand(2, 10))
+    of_another = Attribution(torch.rand(2, 10), "", torch.tensor([1, 2]), "of another model")
+    with pytest.raises(ArgumentError, match=r"one of the 2 answers of this model; its targets are \[1, 2\]"):
+        faithfulness(Counting(1), one_in(10), of_another)
 
 
 def test_an_answer_that_is_no_number_without_some_tokens_is_refused() -> None:

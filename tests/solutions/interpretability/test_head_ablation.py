@@ -146,5 +146,11 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(error, match=message), ablate_heads(model, heads):
             pass
+    for reference in (TOKENS[:0], TOKENS.tolist()):  # of no sequence the mean is NaN
+        with (
+            pytest.raises(ArgumentError, match="mean_over must be a tensor of one sequence or more; got "),
+            ablate_heads(model, [Site("*", head=0)], mean_over=reference),
+        ):
+            pass
     with pytest.raises(CombinationError, match="Sequential holds none"), ablate_heads(nn.Sequential(), [Site("*", 0)]):
         pass

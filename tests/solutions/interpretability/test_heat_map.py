@@ -133,6 +133,9 @@ def test_pictures_take_any_text_and_no_title(tmp_path: Path) -> None:
         ([], [], r"texts must be a sequence of one text a token; got \[\]"),
         ("ab", [1.0, 2.0], "texts must be a sequence of one text a token; got 'ab'"),
         (["a", 5], [1.0, 2.0], r"texts must be a sequence of one text a token; got \['a', 5\]"),
+        (["a", "b"], ["x", "y"], r"scores must be numbers; got \['x', 'y'\]"),
+        (["a", "b"], None, "scores must be numbers; got None"),
+        (["a", "b"], torch.ones(2) * 1j, "scores must be real numbers; got torch.complex64"),
         (["a", "b"], [1.0, float("nan")], "scores must be finite; got NaN or infinity"),
     ],
 )
@@ -143,6 +146,22 @@ def test_texts_and_scores_that_do_not_fit_are_refused(
         with pytest.raises(ArgumentError, match=message):
             draw(texts, scores)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_title_or_meaning_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="title must be a text; got 3"):
+        heat_map_png(["a"], [1.0], tmp_path / "x.png", title=3)
+    with pytest.raises(ArgumentError, match="meaning must be a text; got None"):
+        heat_map_html(["a"], [1.0], meaning=None)
+
+
+def test_line_ends_and_control_characters_are_drawn_and_written(tmp_path: Path) -> None:
+    """Without a glyph matplotlib warns, which is an error here; half a surrogate pair it cannot draw at all."""
+    texts = ["a\r\n", "\t", "\x00\x1b", "\ud800"]
+    heat_map_png(texts, torch.zeros(4), tmp_path / "x.png")
+    page = heat_map_html(texts, torch.zeros(4))
+    assert "a\r\n</span>" in page and page.count("\N{REPLACEMENT CHARACTER}") == 3
+    (tmp_path / "x.html").write_text(page, encoding="utf-8")
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

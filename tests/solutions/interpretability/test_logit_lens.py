@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.models.decoder import Decoder
 from transformer_problems.models.encoder import Encoder
 from transformer_problems.models.llama import LlamaConfig, LlamaDecoder
@@ -96,6 +96,9 @@ def test_other_models_of_transformers_are_refused(name: str) -> None:
 
 
 def test_models_of_other_forms_are_refused() -> None:
+    for tokens, got in ((TOKENS[:, :0], r"torch.int64 \[2, 0\]"), ([[1, 2]], r"\[\[1, 2\]\]")):
+        with pytest.raises(ArgumentError, match=rf"tokens must be whole numbers \[B, N\], one at least; got {got}"):
+            logit_lens(make_model("decoder"), tokens)
     with pytest.raises(CombinationError, match="told apart; Linear has not. Use a Decoder, Encoder or LlamaDecoder"):
         logit_lens(nn.Linear(3, 3), TOKENS)
     shared = make_model("decoder")

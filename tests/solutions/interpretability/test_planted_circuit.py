@@ -12,6 +12,7 @@ from transformer_problems.solutions.attention.self_attention import SelfAttentio
 from transformer_problems.solutions.interpretability.activation_patching import activation_patching
 from transformer_problems.solutions.interpretability.head_ablation import ablate_heads
 from transformer_problems.solutions.interpretability.induction import induction_scores
+from transformer_problems.solutions.interpretability.readable import readable
 from transformer_problems.solutions.interpretability.sites import Site
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
 
@@ -223,3 +224,5 @@ def test_models_that_cannot_be_scored_are_refused() -> None:
         induction_scores(decoder)
     with pytest.raises(ArgumentError, match="model must be an Encoder, Decoder"):
         induction_scores(nn.Linear(3, 3))
+    with pytest.raises(ArgumentError, match="model must be the torch.nn.Module itself; got an object of type StackR"):
+        induction_scores(readable(decoder))

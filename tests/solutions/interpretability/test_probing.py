@@ -122,18 +122,33 @@ def test_bad_input_is_refused() -> None:
         probe(x, CONTEXT.float(), TOKENS)
     with pytest.raises(ArgumentError, match="labels must be whole numbers .* \\[200\\]. Give one of a sequence as"):
         probe(x, CONTEXT[:, 0], TOKENS)
-    with pytest.raises(ArgumentError, match="tokens must be \\[200, 12\\], as labels are; got \\[200, 11\\]"):
+    with pytest.raises(
+        ArgumentError, match="tokens must be whole numbers \\[200, 12\\], as labels are; got .* \\[200, 11\\]"
+    ):
         probe(x, CONTEXT, TOKENS[:, 1:])
+    with pytest.raises(ArgumentError, match="tokens must be whole numbers .*; got torch.float32"):
+        probe(x, CONTEXT, TOKENS.float())
+    with pytest.raises(ArgumentError, match="labels must be whole numbers .*; got "):
+        probe(x, CONTEXT.tolist(), TOKENS)
     with pytest.raises(ArgumentError, match="labels must be of two sequences at least"):
         probe({"layer": NOISE[:1]}, CONTEXT[:1], TOKENS[:1])
     with pytest.raises(ArgumentError, match="activations must map names of layers to tensors; got none"):
         probe({}, CONTEXT, TOKENS)
-    with pytest.raises(ArgumentError, match="activations must be \\[200, 12, C\\], .*; layer has \\[200, 24\\]"):
+    with pytest.raises(
+        ArgumentError, match="activations must be real numbers \\[200, 12, C\\], .*; layer is .* \\[200, 24\\]"
+    ):
         probe({"layer": NOISE[:, 0]}, CONTEXT, TOKENS)
+    for unfit in (NOISE.numpy(), NOISE[..., :0], NOISE * 1j):
+        with pytest.raises(ArgumentError, match="activations must be real numbers \\[200, 12, C\\], .*; layer is "):
+            probe({"layer": unfit}, CONTEXT, TOKENS)
     with pytest.raises(ArgumentError, match="activations must be finite; layer holds NaN"):
         probe({"layer": NOISE / 0}, CONTEXT, TOKENS)
     with pytest.raises(ArgumentError, match="held_out must be a share between 0 and 1; got 1.0"):
         probe(x, CONTEXT, TOKENS, held_out=1.0)
+    with pytest.raises(ArgumentError, match="held_out must be a share between 0 and 1; got a quarter"):
+        probe(x, CONTEXT, TOKENS, held_out="a quarter")
+    with pytest.raises(ArgumentError, match="penalty must be a finite number; got inf"):
+        probe(x, CONTEXT, TOKENS, penalty=float("inf"))
     with pytest.raises(ArgumentError, match="penalty must be positive; got 0"):
         probe(x, CONTEXT, TOKENS, penalty=0)
     with pytest.raises(ArgumentError, match="num_controls must be positive; got 0"):

@@ -80,7 +80,7 @@ def test_what_names_nothing_is_refused() -> None:
         ArgumentError, match="head must be one of the 4 of body.blocks.0.mixer; got 4. Choose at most 3"
     ):
         find_places(model, [Site("*.0.mixer", head=4)])
-    with pytest.raises(ArgumentError, match="head must not be negative; got -1"):
+    with pytest.raises(ArgumentError, match="head must be a whole number from 0; got -1. Leave it out"):
         Site("*.mixer", head=-1)
     with pytest.raises(ArgumentError, match="path must be the path of a module, .*; got 3"):
         Site(3)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.solutions.interpretability.gradient_x_input import GradientXInput
 from transformer_problems.solutions.interpretability.readable import readable
 from transformer_problems.solutions.interpretability.rollout import AttentionRollout
@@ -132,3 +132,41 @@ def test_a_model_without_a_head_and_one_of_two_sides_are_refused() -> None:
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
     with pytest.raises(ArgumentError, match="got T5ForConditionalGeneration"):
         readable(t5)
+
+
+RECURRENT = [
+    ("MambaForCausalLM", "MambaConfig", {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+    (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "sizes"), RECURRENT)
+def test_a_model_that_has_no_attention_is_explained_by_gradients_alone(
+    name: str, config: str, sizes: dict[str, int]
+) -> None:
+    model = made(name, config, sizes)
+    embeds = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model.train()(inputs_embeds=embeds).logits[:, -1, 1]  # in training no state is kept, here nothing drops
+    (slope,) = torch.autograd.grad(logits.sum(), embeds)
+    found = GradientXInput().explain(model, TOKENS, target=1).scores
+    torch.testing.assert_close(found, (slope * embeds.detach()).sum(-1), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ArgumentError, match="attention weights"):
+        AttentionRollout().explain(model, TOKENS)
+
+
+XLNET = {"vocab_size": 20, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:, :2]], ids=["not square", "square"])
+def test_a_model_that_turns_its_tokens_is_refused_and_left_as_it_was(tokens: torch.Tensor) -> None:
+    """Of as many sequences as tokens the shapes agree, and each would be given another's embeddings."""
+    model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**XLNET))
+    with pytest.raises(
+        CombinationError, match="a model must embed its tokens as they are .* turned, padded or changed"
+    ):
+        GradientXInput().explain(model, tokens)
+    assert not model.get_input_embeddings()._forward_hooks and model.training

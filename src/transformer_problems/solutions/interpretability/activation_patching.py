@@ -1,13 +1,16 @@
 """Activation patching: which activations carry what makes one input's answer differ from another's."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.answers import answer
 from transformer_problems.solutions.interpretability.sites import Place, Site, find_places, record
@@ -84,10 +87,15 @@ def activation_patching(
         torch.Size([3, 3])
     """
     require_positive_int(batch_size=batch_size)
-    if clean.shape != corrupted.shape or clean.dim() < 2 or not clean.numel():
+    tensors = isinstance(clean, Tensor) and isinstance(corrupted, Tensor)
+    if not tensors or clean.shape != corrupted.shape or clean.dim() < 2 or not clean.numel():
         raise ArgumentError(
-            f"clean and corrupted must be of one shape, [B, N]; got {list(clean.shape)} and {list(corrupted.shape)}. "
+            f"clean and corrupted must be tensors of one shape, [B, N]; got {shown(clean)} and {shown(corrupted)}. "
             "Change tokens in their place."
+        )
+    if not callable(metric):
+        raise ArgumentError(
+            f"metric must be a function of the model's output; got {shown(metric)}. Write one that gives a number."
         )
     where = _checked_positions(positions, clean.shape[1])
     places = find_places(model, sites)
@@ -142,9 +150,10 @@ def _patched(
 
 
 def _number(metric: Callable[[Tensor], Tensor | float], output: Tensor) -> float:
-    value = torch.as_tensor(metric(output))
-    if value.numel() != 1 or not bool(value.isfinite().all()):
-        got = f"a tensor {list(value.shape)}" if value.numel() != 1 else f"{value.item()}"
+    value = metric(output)
+    is_number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not (is_number or isinstance(value, Real)) or not math.isfinite(float(value)):
+        got = shown(value) if not is_number else f"{float(value)}"
         raise ArgumentError(f"metric must give one finite number for the batch; got {got}. Take the mean over it.")
     return float(value)
 
@@ -152,13 +161,13 @@ def _number(metric: Callable[[Tensor], Tensor | float], output: Tensor) -> float
 def _checked_positions(positions: Sequence[int] | None, num_tokens: int) -> tuple[int, ...]:
     if positions is None:
         return tuple(range(num_tokens))
-    for position in positions:
+    for position in positions if isinstance(positions, Iterable) else [positions]:
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < num_tokens:
             raise ArgumentError(
                 f"positions must be whole numbers from 0 to {num_tokens - 1}; got {position!r}. Count from the front."
             )
-    if not positions:
-        raise ArgumentError("positions must hold one position at least; got none. Leave them out for all.")
+    if isinstance(positions, int) or not positions:
+        raise ArgumentError(f"positions must hold one position at least; got {positions!r}. Leave them out for all.")
     return tuple(positions)
 
 

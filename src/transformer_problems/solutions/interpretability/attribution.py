@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.inputs import shown
 from transformer_problems.solutions.interpretability.model_reading import slope_of
 from transformer_problems.solutions.interpretability.readable import Readable, readable
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +38,17 @@ class Attribution:
     completeness_gap: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.scores.dim() != 2 or not self.scores.is_floating_point():
+        scores, target = self.scores, self.target
+        if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
             raise ArgumentError(
-                f"scores must be floats [B, N]; got {self.scores.dtype} {list(self.scores.shape)}. Give one sequence's "
-                "as scores[None]."
+                f"scores must be floats [B, N]; got {shown(scores)}. Give one sequence's as scores[None]."
             )
-        if self.target.shape != self.scores.shape[:1]:
+        if not isinstance(target, Tensor) or target.shape != scores.shape[:1]:
             raise ArgumentError(
-                f"target must have one entry for each of {len(self.scores)} sequences; got {list(self.target.shape)}. "
-                "Repeat it for each."
+                f"target must have one entry for each of {len(scores)} sequences; got {shown(target)}. Repeat it for "
+                "each."
             )
-        if not bool(self.scores.isfinite().all()):
+        if not bool(scores.isfinite().all()):
             raise ArgumentError(
                 f"scores must be finite; {self.method} gave NaN or infinity. Look for overflow in the model, or use a "
                 "wider dtype."
@@ -148,7 +151,7 @@ def check_sequences(model: Readable, tokens: Tensor, key_mask: Tensor | None) ->
         ArgumentError: If there are such, or tokens or mask have another form.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        form = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        form = shown(tokens) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ArgumentError(f"tokens must be whole numbers [B, N]; got {form}. Give one sequence as tokens[None].")
     if tokens.numel() == 0:
         raise ArgumentError(f"tokens must hold a token at least; got {list(tokens.shape)}. Leave empty inputs out.")
@@ -180,17 +183,24 @@ def _targets(target: int | Tensor | None, logits: Tensor) -> Tensor:
     num_sequences, num_classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    targets = torch.as_tensor(target, device=logits.device)
+    try:
+        targets = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError) as error:  # a text, or numbers that no tensor holds
+        raise ArgumentError(_no_target(num_sequences, target)) from error
     if targets.dim() == 0:
         targets = targets.expand(num_sequences)
-    if targets.shape != (num_sequences,) or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ArgumentError(
-            f"target must be a whole number or [B] of them, B = {num_sequences}; got {targets.dtype} "
-            f"{list(targets.shape)}. Leave it out for the highest logit's."
-        )
+    if targets.shape != (num_sequences,) or targets.dtype not in _WHOLE:
+        raise ArgumentError(_no_target(num_sequences, target))
     outside = targets[(targets < 0) | (targets >= num_classes)]
     if len(outside):
         raise ArgumentError(
             f"target must be from 0 to {num_classes - 1}; got {int(outside[0])}. Leave it out for the highest logit's."
         )
     return targets.long()
+
+
+def _no_target(num_sequences: int, target: object) -> str:
+    return (
+        f"target must be a whole number or [B] of them, B = {num_sequences}; got {shown(target)}. Leave it out for the "
+        "highest logit's."
+    )

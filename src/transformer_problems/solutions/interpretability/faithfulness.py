@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.seeding import generator
 from transformer_problems.solutions.interpretability.attribution import Attribution, check_sequences, chosen, widened
 from transformer_problems.solutions.interpretability.readable import Readable, readable
@@ -83,11 +85,7 @@ def faithfulness(
     require_positive_int(num_controls=num_controls)
     require_not_negative(seed=seed)
     _check_keep(keep, tokens)
-    if attribution.scores.shape != tokens.shape:
-        raise ArgumentError(
-            f"attribution must have a score for each token, {list(tokens.shape)}; got "
-            f"{list(attribution.scores.shape)}. Explain the same tokens."
-        )
+    _check_attribution(attribution, tokens)
     real = torch.ones_like(tokens, dtype=torch.bool) if key_mask is None else key_mask
     candidates = real if keep is None else real & ~keep
     if int(candidates.sum(dim=1).min()) < 2:
@@ -148,13 +146,22 @@ class _Trial:
             raise ArgumentError(
                 "the model's logits must be finite; got NaN or infinity without some tokens. Give mask_token."
             )
+        if int(self.target.max()) >= logits.shape[1] or int(self.target.min()) < 0:
+            raise ArgumentError(
+                f"attribution must explain one of the {logits.shape[1]} answers of this model; its targets are "
+                f"{self.target.tolist()}. Explain the same model."
+            )
         return chosen(logits.softmax(dim=1), self.target)
 
 
 def _check_options(shares: Sequence[float], mask_token: int | None, model: Readable) -> None:
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise ArgumentError(f"shares must hold numbers between 0 and 1; got {tuple(shares)}. Choose (0.1, 0.2, 0.5).")
-    if mask_token is not None and not 0 <= mask_token < model.vocab_size:
+    given = shares if isinstance(shares, tuple | list) else ()
+    if not given or not all(isinstance(share, Real) and 0 < float(share) < 1 for share in given):
+        raise ArgumentError(f"shares must hold numbers between 0 and 1; got {shown(shares)}. Choose (0.1, 0.2, 0.5).")
+    if mask_token is None:
+        return
+    is_whole = isinstance(mask_token, Integral) and not isinstance(mask_token, bool)
+    if not is_whole or not 0 <= mask_token < model.vocab_size:
         raise ArgumentError(
             f"mask_token must be from 0 to {model.vocab_size - 1}; got {mask_token}. Leave it out to delete tokens "
             "through the key mask."
@@ -162,7 +169,21 @@ def _check_options(shares: Sequence[float], mask_token: int | None, model: Reada
 
 
 def _check_keep(keep: Tensor | None, tokens: Tensor) -> None:
-    if keep is not None and (keep.dtype != torch.bool or keep.shape != tokens.shape):
+    if keep is not None and not (isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == tokens.shape):
         raise ArgumentError(
-            f"keep must be bool {list(tokens.shape)}, True for tokens that stay; got {keep.dtype} {list(keep.shape)}."
+            f"keep must be bool {list(tokens.shape)}, True for tokens that stay; got {shown(keep)}. Compare with their "
+            "ids: keep = tokens == class_token."
+        )
+
+
+def _check_attribution(attribution: Attribution, tokens: Tensor) -> None:
+    if not isinstance(attribution, Attribution):
+        raise ArgumentError(
+            f"attribution must be an Attribution; got {shown(attribution)}. Pass what an explainer gives, not its "
+            "scores alone."
+        )
+    if attribution.scores.shape != tokens.shape:
+        raise ArgumentError(
+            f"attribution must have a score for each token, {list(tokens.shape)}; got "
+            f"{list(attribution.scores.shape)}. Explain the same tokens."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.sites import Site, find_places, record
 
@@ -29,7 +30,8 @@ def ablate_heads(model: nn.Module, heads: Sequence[Site], *, mean_over: Tensor |
 
     Raises:
         UnknownNameError: If a path or pattern matches no attention layer.
-        ArgumentError: If there are no heads, one is out of range, or a site has none.
+        ArgumentError: If there are no heads, one is out of range, a site has none, or there is nothing to take a mean
+            over.
         CombinationError: If the model has no such attention layers, or for a mean one is not called exactly once.
 
     Source:
@@ -55,6 +57,10 @@ def ablate_heads(model: nn.Module, heads: Sequence[Site], *, mean_over: Tensor |
     if mean_over is None:
         fixed = [torch.zeros(()) for _ in places]
     else:
+        if not isinstance(mean_over, Tensor) or not mean_over.numel():
+            raise ArgumentError(
+                f"mean_over must be a tensor of one sequence or more; got {shown(mean_over)}. Leave it out for zero."
+            )
         with torch.no_grad(), evaluating(model):
             fixed = [x.flatten(0, -2).mean(dim=0) for x in record(places, lambda: model(mean_over))]
     with ExitStack() as hooks:

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import category
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,11 +14,13 @@ from matplotlib.textpath import TextToPath
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError, OutputError
+from transformer_problems.core.inputs import shown
 
 _INK = "#1a1a1a"
 _FOR, _AGAINST = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermillion and blue
 _STRONGEST = 0.55  # of a colour's opacity: text above it stays readable on a white page and on a dark one
-_VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍", " ": "·"})
+_VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "⇤", " ": "·"})  # marks that the font has
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _FONT = FontProperties(family="DejaVu Sans", size=12)  # comes with matplotlib
 _WIDTH, _LINE, _PADDING, _MARGIN = 576.0, 24.0, 3.0, 14.0  # points, 72 an inch
 _PAGE = """<!doctype html>
@@ -45,7 +48,7 @@ def heat_map_html(
     pointing at a token shows its score.
 
     Args:
-        texts: One a token, shown as they are.
+        texts: One a token, shown as they are; control characters but tabs and line ends as the replacement character.
         scores: One a token, [N].
         title: Above the tokens.
         meaning: What a score means, such as an `Attribution`'s; below them.
@@ -59,9 +62,9 @@ def heat_map_html(
         >>> "rgba(213, 94, 0, 0.550)" in page
         True
     """
-    values = _checked(texts, scores)
+    values = _checked(texts, scores, title, meaning)
     tokens = "".join(
-        f'<span style="background: {_css(shade)}" title="{value:.4g}">{html.escape(text)}</span>'
+        f'<span style="background: {_css(shade)}" title="{value:.4g}">{html.escape(_without_control(text))}</span>'
         for text, value, shade in zip(texts, values, _shades(values), strict=True)
     )
     legend = "".join(
@@ -81,8 +84,9 @@ def heat_map_png(
 ) -> None:
     """Write a picture of one sequence's tokens, each on a ground as strong as its score, in `heat_map_html`'s colours.
 
-    Tokens run from left to right and are broken into lines; spaces and line ends in them are shown as marks. Letters
-    that matplotlib's DejaVu Sans lacks, such as Chinese ones, are drawn as empty boxes, with matplotlib's warning.
+    Tokens run from left to right and are broken into lines; spaces and line ends in them are shown as marks, other
+    control characters as the replacement character. Letters that matplotlib's DejaVu Sans lacks, such as Chinese ones,
+    are drawn as empty boxes, with matplotlib's warning.
 
     Args:
         texts: One a token.
@@ -99,14 +103,14 @@ def heat_map_png(
         >>> from transformer_problems import heat_map_png
         >>> heat_map_png(["not", " good"], [0.8, -0.3], "scores.png")  # doctest: +SKIP
     """
-    values = _checked(texts, scores)
+    values = _checked(texts, scores, title, meaning)
     shades = [*_shades(values), -1.0, 0.0, 1.0]
-    shown = [text.translate(_VISIBLE) for text in texts]
+    marked = [_without_control(text.translate(_VISIBLE)) for text in texts]
     ends = [f"{value:.3g}" for value in _ends(values)]
     words = [(word, 0.0) for word in meaning.split()]
     sections = [
         [(word, 0.0) for word in title.split()],
-        list(zip(shown, shades, strict=False)),
+        list(zip(marked, shades, strict=False)),
         [*zip(ends, shades[-3:], strict=True), *words],
     ]
     figure = _drawn([section for section in sections if section])
@@ -116,8 +120,17 @@ def heat_map_png(
         raise OutputError(f"path must be writable; got {path}: {error}. Choose another.") from error
 
 
-def _checked(texts: Sequence[str], scores: Tensor | Sequence[float]) -> list[float]:
-    values = torch.as_tensor(scores, dtype=torch.float64).detach()
+def _checked(texts: Sequence[str], scores: Tensor | Sequence[float], title: str, meaning: str) -> list[float]:
+    for name, text in (("title", title), ("meaning", meaning)):
+        if not isinstance(text, str):
+            raise ArgumentError(f"{name} must be a text; got {shown(text)}. Leave it out for none of your own.")
+    try:
+        values = torch.as_tensor(scores).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"scores must be numbers; got {shown(scores)}. Give one a token.") from error
+    if values.is_complex():
+        raise ArgumentError(f"scores must be real numbers; got {shown(scores)}. Take their real part.")
+    values = values.double()
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise ArgumentError(f"texts must be a sequence of one text a token; got {texts!r}. Give a list.")
     if values.shape != (len(texts),):
@@ -128,6 +141,11 @@ def _checked(texts: Sequence[str], scores: Tensor | Sequence[float]) -> list[flo
     if not bool(values.isfinite().all()):
         raise ArgumentError("scores must be finite; got NaN or infinity. Look for them where the scores come from.")
     return values.tolist()
+
+
+def _without_control(text: str) -> str:
+    """Characters that no font draws and no page may hold, such as half a surrogate pair, as one that says so."""
+    return "".join(_UNKNOWN if category(sign) in ("Cc", "Cs") and sign not in "\n\t\r" else sign for sign in text)
 
 
 def _ends(values: list[float]) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_not_negative, require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.modes import evaluating
 from transformer_problems.core.seeding import generator
 from transformer_problems.solutions.interpretability.answers import answer
@@ -79,6 +80,8 @@ def induction_scores(
     """
     require_positive_int(num_tokens=num_tokens, num_sequences=num_sequences)
     require_not_negative(seed=seed)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be the torch.nn.Module itself; got {shown(model)}. Its heads are looked for.")
     reader = readable(model)
     vocab_size = reader.vocab_size
     if not 2 <= num_tokens <= vocab_size:

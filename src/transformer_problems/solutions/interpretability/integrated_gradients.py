@@ -1,10 +1,12 @@
 """Integrated gradients: gradients summed on the way from a neutral input, so that they add up to the answer."""
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_not_negative, require_positive_int
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.solutions.interpretability.attribution import Attribution, Case, chosen, pose, widened
 from transformer_problems.solutions.interpretability.readable import Readable
@@ -45,7 +47,7 @@ class IntegratedGradients:
     def __init__(self, *, steps: int = 50, baseline_token: int | None = None) -> None:
         require_positive_int(steps=steps)
         if baseline_token is not None:
-            require_not_negative(baseline_token=baseline_token)
+            _check_token(baseline_token)
         self.steps, self.baseline_token = steps, baseline_token
 
     def explain(
@@ -87,3 +89,11 @@ class IntegratedGradients:
                 "neutral token of the model's vocabulary."
             )
         return case.model.embed(torch.full_like(case.tokens, self.baseline_token))
+
+
+def _check_token(baseline_token: int) -> None:
+    if not isinstance(baseline_token, Integral) or isinstance(baseline_token, bool) or baseline_token < 0:
+        raise ArgumentError(
+            f"baseline_token must be a token, a whole number from 0; got {baseline_token!r}. Leave it out for the "
+            "embedding of zero."
+        )

@@ -10,20 +10,26 @@ from transformer_problems.core.errors import ArgumentError, CombinationError
 
 
 @contextmanager
-def embedding_gives(embedding: nn.Module, values: Tensor | None) -> Iterator[None]:
-    """Inside, the embedding layer gives these values [B, N, C], whatever its tokens; None leaves it alone.
+def embedding_gives(embedding: nn.Module, tokens: Tensor, values: Tensor | None) -> Iterator[None]:
+    """Inside, the embedding layer gives these values [B, N, C] for the tokens [B, N]; None leaves it alone.
 
     Raises:
-        CombinationError: If the model does not call it exactly once.
+        CombinationError: If the model does not call it exactly once, or with other tokens.
     """
     if values is None:
         yield
         return
     num_calls = 0
 
-    def replace(*_: object) -> Tensor:
+    def replace(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         nonlocal num_calls
         num_calls += 1
+        if not torch.equal(inputs[0], tokens):
+            raise CombinationError(
+                f"a model must embed its tokens as they are to be explained by gradients; this one embeds "
+                f"{list(inputs[0].shape)} in place of {list(tokens.shape)}, turned, padded or changed. Write its own "
+                "Readable."
+            )
         return values
 
     handle = embedding.register_forward_hook(replace)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -10,8 +11,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_not_negative, require_positive, require_positive_int
+from transformer_problems.core.arguments import (
+    require_finite,
+    require_not_negative,
+    require_positive,
+    require_positive_int,
+)
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.seeding import generator
 
 
@@ -86,6 +93,7 @@ def probe(
         True
     """
     require_positive(penalty=penalty)
+    require_finite(penalty=penalty)
     require_positive_int(num_controls=num_controls)
     require_not_negative(seed=seed)
     _check(activations, labels, tokens, held_out)
@@ -150,24 +158,31 @@ def _control_tasks(tokens: Tensor, own: Tensor, training: Tensor, num_controls: 
 
 
 def _check(activations: Mapping[str, Tensor], labels: Tensor, tokens: Tensor, held_out: float) -> None:
-    if not 0 < held_out < 1:
+    if not isinstance(held_out, Real) or not 0 < held_out < 1:
         raise ArgumentError(f"held_out must be a share between 0 and 1; got {held_out}. Choose 0.25.")
-    if labels.dim() != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
+    if not _is_whole(labels) or labels.dim() != 2:
         raise ArgumentError(
-            f"labels must be whole numbers [S, N]; got {labels.dtype} {list(labels.shape)}. Give one of a sequence as "
-            "labels[:, None]."
+            f"labels must be whole numbers [S, N]; got {shown(labels)}. Give one of a sequence as labels[:, None]."
         )
-    if tokens.shape != labels.shape:
-        raise ArgumentError(f"tokens must be {list(labels.shape)}, as labels are; got {list(tokens.shape)}.")
+    if not _is_whole(tokens) or tokens.shape != labels.shape:
+        raise ArgumentError(
+            f"tokens must be whole numbers {list(labels.shape)}, as labels are; got {shown(tokens)}. Give what the "
+            "model read."
+        )
     if len(labels) < 2:
         raise ArgumentError("labels must be of two sequences at least, one of them to be held out; got one.")
     if not isinstance(activations, Mapping) or not activations:
         raise ArgumentError("activations must map names of layers to tensors; got none. Use collect_activations.")
     for layer, x in activations.items():
-        if x.dim() != 3 or x.shape[:2] != labels.shape:
+        fits = isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == labels.shape and x.shape[2]
+        if not fits or x.is_complex():
             raise ArgumentError(
-                f"activations must be [{labels.shape[0]}, {labels.shape[1]}, C], for labels {list(labels.shape)}; "
-                f"{layer} has {list(x.shape)}."
+                f"activations must be real numbers [{labels.shape[0]}, {labels.shape[1]}, C], for labels "
+                f"{list(labels.shape)}; {layer} is {shown(x)}. Collect them from the same tokens."
             )
         if not bool(x[(labels >= 0).to(x.device)].isfinite().all()):
             raise ArgumentError(f"activations must be finite; {layer} holds NaN or infinity.")
+
+
+def _is_whole(x: object) -> bool:
+    return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

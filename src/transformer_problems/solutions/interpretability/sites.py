@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transformer_problems.core.arguments import require_not_negative
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.transforms import check_patterns, matches
 
@@ -39,8 +39,11 @@ class Site:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             raise ArgumentError(f"path must be the path of a module, or a pattern of several; got {self.path!r}.")
-        if self.head is not None:
-            require_not_negative(head=self.head)
+        whole = isinstance(self.head, Integral) and not isinstance(self.head, bool)
+        if self.head is not None and not (whole and self.head >= 0):
+            raise ArgumentError(
+                f"head must be a whole number from 0; got {self.head!r}. Leave it out for the whole output."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,8 @@ def _keep(calls: list[Tensor], x: Tensor) -> None:
 
 
 def _places(model: nn.Module, site: Site) -> list[Place]:
+    if not isinstance(site, Site):
+        raise ArgumentError(f"sites must be paths or Site objects; got {site!r}. Write Site(path).")
     if site.head is None:
         modules = {path: part for path, part in model.named_modules(remove_duplicate=False) if path}
         check_patterns("module", (site.path,), modules)

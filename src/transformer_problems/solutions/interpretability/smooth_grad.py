@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.arguments import require_not_negative, require_positive, require_positive_int
+from transformer_problems.core.arguments import (
+    require_finite,
+    require_not_negative,
+    require_positive,
+    require_positive_int,
+)
 from transformer_problems.core.seeding import generator
 from transformer_problems.solutions.interpretability.attribution import Attribution, Case, pose, widened
 from transformer_problems.solutions.interpretability.readable import Readable
@@ -40,6 +45,7 @@ class SmoothGrad:
 
     def __init__(self, *, noise: float = 0.15, samples: int = 50, seed: int = 0) -> None:
         require_positive(noise=noise)
+        require_finite(noise=noise)
         require_positive_int(samples=samples)
         require_not_negative(seed=seed)
         self.noise, self.samples, self.seed = noise, samples, seed

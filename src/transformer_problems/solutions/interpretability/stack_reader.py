@@ -54,7 +54,7 @@ class StackReader:
         return embedded(self.embedding, tokens)
 
     def logits(self, tokens: Tensor, *, key_mask: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        with evaluating(self.model), embedding_gives(self.embedding, embeddings):
+        with evaluating(self.model), embedding_gives(self.embedding, tokens, embeddings):
             logits: Tensor = self.model(tokens, key_mask=key_mask)
         return read_row(logits, self.read_at, key_mask)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -52,7 +53,7 @@ class TransformersReader:
 
     def logits(self, tokens: Tensor, *, key_mask: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         # The tokens go in beside their embeddings, for some models find padding or positions by the tokens.
-        with embedding_gives(self.embedding, embeddings):
+        with embedding_gives(self.embedding, tokens, embeddings):
             logits = self._run(tokens, key_mask).logits
         if logits.dim() == 2:
             self._check_no_choice()
@@ -61,7 +62,7 @@ class TransformersReader:
 
     def attentions(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> list[Tensor]:
         with torch.no_grad(), _eager(self.model):
-            found = self._run(tokens, key_mask, output_attentions=True).attentions
+            found = getattr(self._run(tokens, key_mask, output_attentions=True), "attentions", None)
         num_layers = getattr(cast("Any", self.model).config, "num_hidden_layers", None)
         if not found or any(weights is None for weights in found) or len(found) != num_layers:
             raise CombinationError(
@@ -73,7 +74,7 @@ class TransformersReader:
     def reading(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         with torch.enable_grad():
             embeddings = self.embed(tokens).requires_grad_()
-            with embedding_gives(self.embedding, embeddings):
+            with embedding_gives(self.embedding, tokens, embeddings):
                 output = self._run(tokens, key_mask, output_hidden_states=True)
             if output.logits.dim() == 3:
                 return reading_of(tokens, self._position, key_mask)
@@ -102,6 +103,8 @@ class TransformersReader:
 
     def _run(self, tokens: Tensor, key_mask: Tensor | None, **wanted: bool) -> Any:
         mask = torch.ones_like(tokens) if key_mask is None else key_mask.to(tokens.dtype)
+        if "use_cache" in signature(self.model.forward).parameters:  # states kept for decoding, some changed in place
+            wanted = {**wanted, "use_cache": False}
         with evaluating(self.model):
             output = self.model(input_ids=tokens, attention_mask=mask, return_dict=True, **wanted)
         if not isinstance(getattr(output, "logits", None), Tensor):
