@@ -149,7 +149,9 @@ def test_what_it_cannot_take_is_refused() -> None:
     for call, message in (
         (lambda: bias_gelu(x, bias[:4]), r"bias must be \[8\], torch.float32 on cpu, as x; got \[4\]"),
         (lambda: bias_gelu(x, bias.double()), "got .8., torch.float64 on cpu. Convert"),
-        (lambda: bias_gelu(x.int()), "x must be a float tensor"),
+        (lambda: bias_gelu([1.0]), r"x must be a floating-point tensor; got \[1.0\]"),
+        (lambda: bias_gelu(x, [1.0]), r"bias must be a floating-point tensor; got \[1.0\]"),
+        (lambda: bias_gelu(x.int()), "x must be floating point; got torch.int32"),
         (lambda: bias_gelu(x.half(), backend="cpp"), "'cpp' takes float32 and float64 on a CPU; got torch.float16"),
         (lambda: bias_gelu(x.t(), inplace=True), "x must be contiguous"),
         (lambda: bias_gelu(x, bias.requires_grad_(), inplace=True), "inplace must be False where a gradient"),

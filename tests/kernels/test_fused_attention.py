@@ -219,12 +219,18 @@ def test_what_it_cannot_take_is_refused() -> None:
         ((x[0], *weights), r"x must be \[B, N, 8\]; got \[6, 8\]"),
         ((x, weights[0].T, *weights[1:]), r"qkv_weight must be \[24, 8\] on cpu, as x; got \[8, 24\]"),
         ((x, *weights[:3], weights[3][:4]), r"out_bias must be \[8\] on cpu, as x; got \[4\]"),
+        ((x, None, *weights[1:]), r"qkv_weight must be a tensor \[24, 8\]; got None"),  # read at no address at all
+        ((x, *weights[:2], None, weights[3]), r"out_weight must be a tensor \[8, 8\]; got None"),
+        ((x, weights[0], [1.0], *weights[2:]), r"qkv_bias must be a tensor \[24\]; got \[1.0\]"),
+        (([[1.0]], *weights), r"x must be a floating-point tensor; got \[\[1.0\]\]"),
         ((x.double(), *weights), "qkv_weight must be of x's dtype, torch.float64; got torch.float32. Convert"),
     ):
         with pytest.raises(ArgumentError, match=message):
             fused_attention(*given, num_heads=2, is_causal=True)
     with pytest.raises(ArgumentError, match="num_heads must divide the width of x; got 3 and 8"):
         fused_attention(x, *weights, num_heads=3, is_causal=True)
+    with pytest.raises(ArgumentError, match="num_heads must be a positive whole number; got 2.0"):
+        fused_attention(x, *weights, num_heads=2.0, is_causal=True)
     with pytest.raises(ArgumentError, match="'cpp' takes float32 and float64 on a CPU; got torch.bfloat16"):
         half = [t.bfloat16() for t in (x, *weights)]
         fused_attention(*half, num_heads=2, is_causal=True, backend="cpp")

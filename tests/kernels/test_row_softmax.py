@@ -135,9 +135,11 @@ def test_what_it_cannot_take_is_refused() -> None:
     scores = draw(3, 4, dtype=torch.float32)
     assert softmax_backend(scores) == "cpp" and softmax_backend(scores.half()) == "torch"
     for call, message in (
-        (lambda: row_softmax(scores.int()), "scores must be a float tensor"),
+        (lambda: row_softmax(scores.int()), "scores must be floating point; got torch.int32"),
         (lambda: row_softmax(scores[0]), r"scores must be a float tensor \[..., N, M\]; got torch.float32 \[4\]"),
+        (lambda: row_softmax([[1.0]]), r"scores must be a floating-point tensor; got \[\[1.0\]\]"),
         (lambda: row_softmax(scores, scale=0.0), "scale must be positive; got 0.0"),
+        (lambda: row_softmax(scores, scale=float("inf")), "scale must be a finite number; got inf"),
         (lambda: row_softmax(scores.half(), backend="cpp"), "'cpp' takes float32 and float64 on cpu; got torch.float1"),
         (lambda: row_softmax(scores, backend="cuda"), "'cuda' takes float32 and float64 on cuda; got torch.float32 on"),
     ):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.core.inputs import check_floating, shown
 from transformer_problems.kernels.compiler import has_kernel, load
 
 GeluBackend = Literal["cpp", "torch"]
@@ -74,14 +75,17 @@ def _is_built() -> bool:
 
 
 def _check(x: Tensor, bias: Tensor | None) -> None:
-    if not x.is_floating_point() or not x.dim():
-        raise ArgumentError(f"x must be a float tensor [..., F]; got {x.dtype} {list(x.shape)}.")
-    if bias is None or (bias.shape == x.shape[-1:] and bias.dtype == x.dtype and bias.device == x.device):
+    check_floating("x", x)
+    if not x.dim():
+        raise ArgumentError(f"x must be a float tensor [..., F]; got {shown(x)}. Give one number as x[None].")
+    if bias is None:
         return
-    raise ArgumentError(
-        f"bias must be [{x.shape[-1]}], {x.dtype} on {x.device}, as x; got {list(bias.shape)}, {bias.dtype} on "
-        f"{bias.device}. Convert one of them."
-    )
+    check_floating("bias", bias)
+    if bias.shape != x.shape[-1:] or bias.dtype != x.dtype or bias.device != x.device:
+        raise ArgumentError(
+            f"bias must be [{x.shape[-1]}], {x.dtype} on {x.device}, as x; got {list(bias.shape)}, {bias.dtype} on "
+            f"{bias.device}. Convert one of them."
+        )
 
 
 def _check_backend(backend: str, x: Tensor) -> None:

@@ -11,8 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
+from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.heads import check_input, merge_heads, split_heads
+from transformer_problems.core.inputs import check_floating, shown
 from transformer_problems.kernels.compiler import has_kernel, load
 
 FusedBackend = Literal["cpp", "torch"]
@@ -102,12 +104,16 @@ def _answers(backend: str, x: Tensor) -> str:
 
 
 def _check(x: Tensor, weights: dict[str, Tensor | None], key_mask: Tensor | None, num_heads: int) -> None:
+    check_floating("x", x)
     width = x.shape[-1] if x.dim() else 0
     check_input(x, key_mask, embed_dim=width)
-    if num_heads < 1 or width % num_heads:
+    require_positive_int(num_heads=num_heads)
+    if width % num_heads:
         raise ArgumentError(f"num_heads must divide the width of x; got {num_heads} and {width}.")
     shapes = {"qkv_weight": [3 * width, width], "qkv_bias": [3 * width], "out_weight": [width] * 2, "out_bias": [width]}
     for name, weight in weights.items():
+        if not isinstance(weight, Tensor) and (weight is not None or name.endswith("weight")):
+            raise ArgumentError(f"{name} must be a tensor {shapes[name]}; got {shown(weight)}. Pass a layer's weight.")
         if weight is not None and (list(weight.shape), weight.device) != (shapes[name], x.device):
             raise ArgumentError(
                 f"{name} must be {shapes[name]} on {x.device}, as x; got {list(weight.shape)} on {weight.device}."

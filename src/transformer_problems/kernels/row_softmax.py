@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_positive
+from transformer_problems.core.arguments import require_finite, require_positive
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
+from transformer_problems.core.inputs import check_floating, shown
 from transformer_problems.kernels.compiler import has_kernel, load
 from transformer_problems.kernels.cuda_compiler import load_cuda
 
@@ -49,8 +50,12 @@ def row_softmax(
         et al. 2008, doi:10.1145/1365490.1365500.
     """
     require_positive(scale=scale)
-    if not scores.is_floating_point() or scores.dim() < 2:
-        raise ArgumentError(f"scores must be a float tensor [..., N, M]; got {scores.dtype} {list(scores.shape)}.")
+    require_finite(scale=scale)
+    check_floating("scores", scores)
+    if scores.dim() < 2:
+        raise ArgumentError(
+            f"scores must be a float tensor [..., N, M]; got {shown(scores)}. Give one row as scores[None]."
+        )
     answers = _answers(backend, scores)
     if answers == "torch":
         return _plain(scores, scale, is_causal)

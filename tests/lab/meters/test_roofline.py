@@ -93,8 +93,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
         (lambda: Roofline(0.0, 1.0), "flops_per_s must be positive; got 0.0"),
         (lambda: Roofline(1.0, -1.0), "bytes_per_s must be positive; got -1.0"),
         (lambda: MACHINE.share(0.0, 1.0, 1.0), "time_s must be positive; got 0.0"),
-        (lambda: measure_roofline(torch.device("meta"), torch.float32), "device must be of type cpu or cuda; got meta"),
-        (lambda: measure_roofline(CPU, torch.int8), "dtype must be floating point; got torch.int8"),
+        (
+            lambda: measure_roofline(torch.device("meta"), torch.float32),
+            "device must be a torch.device of type cpu or cuda; got device",
+        ),
+        (lambda: measure_roofline("cpu", torch.float32), "device must be a torch.device of .*; got 'cpu'"),
+        (lambda: measure_roofline(CPU, torch.int8), "dtype must be float32, .*; got torch.int8"),
+        (lambda: measure_roofline(CPU, torch.float8_e4m3fn), "dtype must be float32, .*; got torch.float8_e4m3fn"),
     ):
         with pytest.raises(ArgumentError, match=message):
             call()

@@ -44,6 +44,10 @@ def test_what_answers_is_told() -> None:
     layer = FusedSelfAttention(8, 2)
     assert layer.backend_for(x) == "cpp" and layer.backend_for(x.bfloat16()) == "torch"
     assert FusedSelfAttention(8, 2, backend="torch").backend_for(x) == "torch"
+    assert layer.last_run is None
+    for given, ran in ((x, "cpp"), (x.bfloat16(), "torch"), (x, "cpp")):
+        layer.to(given.dtype)(given)
+        assert layer.last_run == ran
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,8 @@ def test_what_cannot_be_fused_is_refused(options: dict[str, Any], found: str) ->
 
 
 def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="layer must be a SelfAttention to be fused; got Linear"):
+        FusedSelfAttention.from_layer(torch.nn.Linear(8, 8))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="embed_dim must be a multiple of num_heads"):
         FusedSelfAttention(10, 3)
     with pytest.raises(UnknownNameError, match="unknown back end of FusedSelfAttention 'cuda'"):

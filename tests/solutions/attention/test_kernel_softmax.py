@@ -45,5 +45,18 @@ def test_what_answers_is_told() -> None:
     assert KernelSoftmaxAttention().backend_for(q) == "cpp"
     assert KernelSoftmaxAttention().backend_for(q.half()) == "torch"
     assert KernelSoftmaxAttention(backend="torch").backend_for(q) == "torch"
+
+
+def test_what_ran_is_recorded_by_the_scores_which_autocast_may_change() -> None:
+    op, q = KernelSoftmaxAttention(), torch.zeros(1, 2, 4, 8)
+    assert op.last_run is None
+    op(q, q, q)
+    assert op.last_run == "cpp"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        op(q, q, q)
+    assert op.backend_for(q) == "cpp" and op.last_run == "torch"
+
+
+def test_an_unknown_back_end_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="unknown back end of KernelSoftmaxAttention 'triton'"):
         KernelSoftmaxAttention(backend="triton")  # type: ignore[arg-type]

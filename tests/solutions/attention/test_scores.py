@@ -133,3 +133,31 @@ def test_no_keys_or_no_sequences_are_no_error_for_flash_attention(backend: str) 
     op = FlashAttention(backend=backend)  # type: ignore[arg-type]
     assert torch.equal(op(*draw(3, 0)), torch.zeros(2, HEADS, 3, DIM, dtype=torch.float64))
     assert op(*draw(3, 3, lead=(0,)), is_causal=True).shape == (0, HEADS, 3, DIM)
+
+
+@every_op
+def test_what_are_no_heads_are_refused(name: str) -> None:
+    q, k, v = draw(3, 5)
+    for given, message in (
+        (
+            (q[0, 0], k[0, 0], v[0, 0]),
+            r"q must be floats \[..., H, N, D\]; got torch.float64 \[3, 8\]. Give one head as q",
+        ),
+        ((q.long(), k.long(), v.long()), r"q must be floats \[..., H, N, D\]; got torch.int64"),
+        (([1.0], k, v), r"q must be floats \[..., H, N, D\]; got \[1.0\]"),
+        ((q[..., :0], k[..., :0], v), "q and k must have a last dimension, D, of one at least; got 0"),
+        (
+            (q, torch.cat([k, k]), torch.cat([v, v])),
+            r"q and k must be of the same sequences; got \[2, 4, 3, 8\] and \[4,",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            OPS[name]()(*given)
+
+
+@pytest.mark.parametrize("name", ["dense", "flash_sdpa", "flash_tiled", "memory_efficient"])
+def test_no_keys_give_zeros_and_zero_gradients(name: str) -> None:
+    inputs = draw(3, 0)
+    y = OPS[name]()(*inputs)
+    assert y.shape == (2, HEADS, 3, DIM) and not y.any()
+    assert all(bool((grad == 0).all()) for grad in torch.autograd.grad(y.sum(), inputs))

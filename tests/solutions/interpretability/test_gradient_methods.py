@@ -296,6 +296,7 @@ def test_models_and_modes_without_gradients_are_refused(method: Explainer) -> No
     ("make", "message"),
     [
         (lambda: IntegratedGradients(steps=0), "steps must be positive; got 0"),
+        (lambda: SmoothGrad(noise=float("inf")), "noise must be a finite number; got inf"),
         (lambda: IntegratedGradients(baseline_token=-1), "baseline_token must be a token, .*; got -1. Leave it out"),
         (lambda: SmoothGrad(noise=0.0), "noise must be positive; got 0.0"),
         (lambda: SmoothGrad(noise=float("nan")), "noise must be positive; got nan"),

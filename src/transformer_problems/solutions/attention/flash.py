@@ -60,6 +60,13 @@ class FlashAttention(nn.Module):
         Dao et al. 2022, arXiv:2205.14135, algorithms 1, 2 and 4. Differs from the paper: queries are the outer loop
         (as in Dao 2023, arXiv:2307.08691), tiles are square and sized for caches, not for a GPU's shared memory, and
         there is no dropout.
+
+    Example:
+        >>> import torch
+        >>> from transformer_problems import FlashAttention, SelfAttention
+        >>> layer = SelfAttention(64, num_heads=4, op=FlashAttention(backend="tiled"))
+        >>> layer(torch.randn(2, 100, 64)).shape, layer.op.last_run
+        (torch.Size([2, 100, 64]), 'tiled')
     """
 
     def __init__(self, *, backend: Backend = "auto", block_size: int = 128) -> None:

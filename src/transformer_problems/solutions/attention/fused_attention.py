@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple
-from transformer_problems.core.errors import CombinationError, UnknownNameError
+from transformer_problems.core.errors import ArgumentError, CombinationError, UnknownNameError
 from transformer_problems.core.heads import check_input
+from transformer_problems.core.inputs import shown
 from transformer_problems.kernels.fused_attention import FusedBackend, fused_attention, fused_backend
 from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
@@ -34,6 +35,10 @@ class FusedSelfAttention(nn.Module):
         backend: "cpp" is the kernel, "torch" PyTorch's operators; "auto" is the kernel where it takes the input.
             `backend_for` says which answers.
 
+    Attributes:
+        last_run: What answered the latest call of any thread, "cpp" or "torch"; None before the first. Compiled graphs
+            do not set it.
+
     Shape:
         x: [B, N, C]; key_mask: [B, N]; output: [B, N, C]. `positions` have no effect.
 
@@ -46,7 +51,8 @@ class FusedSelfAttention(nn.Module):
         the paper: a kernel for CPUs, which multiplies by itself, and with gradients.
 
     Example:
-        >>> from transformer_problems.solutions.attention.fused_attention import FusedSelfAttention
+        >>> import torch
+        >>> from transformer_problems import FusedSelfAttention
         >>> layer = FusedSelfAttention(64, num_heads=4)
         >>> layer(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
@@ -69,6 +75,7 @@ class FusedSelfAttention(nn.Module):
         if backend not in known:
             raise UnknownNameError("back end of FusedSelfAttention", backend, known)
         self.embed_dim, self.num_heads, self.is_causal, self.backend = embed_dim, num_heads, is_causal, backend
+        self.last_run: FusedBackend | None = None
         self.qkv_proj = Linear(embed_dim, 3 * embed_dim, bias=bias, device=device, dtype=dtype)
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
@@ -80,6 +87,7 @@ class FusedSelfAttention(nn.Module):
         """The same layer fused, with copies of its weights.
 
         Raises:
+            ArgumentError: If it is no SelfAttention.
             CombinationError: If the layer has a position encoding, grouped heads, an op other than exact softmax
                 attention, or projections that are one already.
         """
@@ -104,7 +112,8 @@ class FusedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)
-        return fused_attention(
+        answering = self.backend_for(x)
+        y = fused_attention(
             x,
             self.qkv_proj.weight,
             self.qkv_proj.bias,
@@ -113,8 +122,11 @@ class FusedSelfAttention(nn.Module):
             num_heads=self.num_heads,
             is_causal=self.is_causal,
             key_mask=key_mask,
-            backend=self.backend,
+            backend=answering,
         )
+        if self.last_run != answering and not torch.compiler.is_compiling():
+            self.last_run = answering
+        return y
 
     def backend_for(self, x: Tensor) -> FusedBackend:
         """What answers for an input."""
@@ -125,6 +137,8 @@ class FusedSelfAttention(nn.Module):
 
 
 def _check_fusible(layer: SelfAttention) -> None:
+    if not isinstance(layer, SelfAttention):
+        raise ArgumentError(f"layer must be a SelfAttention to be fused; got {shown(layer)}. Fuse each one of a model.")
     for what, fits, found in (
         ("an op of exact softmax attention", type(layer.op) in _EXACT, type(layer.op).__name__),
         ("no position encoding", layer.position is None, type(layer.position).__name__),

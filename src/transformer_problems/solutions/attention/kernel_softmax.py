@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import UnknownNameError
@@ -21,6 +22,10 @@ class KernelSoftmaxAttention(nn.Module):
         backend: "cuda" and "cpp" are the kernels, "torch" is PyTorch's operators; "auto" is the kernel where it takes
             the scores. `backend_for` says which answers.
 
+    Attributes:
+        last_run: What answered the latest call of any thread, "cuda", "cpp" or "torch"; None before the first. Compiled
+            graphs do not set it.
+
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
@@ -32,8 +37,8 @@ class KernelSoftmaxAttention(nn.Module):
         Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; CUDA: Nickolls et al. 2008, doi:10.1145/1365490.1365500.
 
     Example:
-        >>> from transformer_problems import SelfAttention
-        >>> from transformer_problems.solutions.attention.kernel_softmax import KernelSoftmaxAttention
+        >>> import torch
+        >>> from transformer_problems import SelfAttention, KernelSoftmaxAttention
         >>> layer = SelfAttention(64, num_heads=4, op=KernelSoftmaxAttention())
         >>> layer(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
@@ -45,6 +50,7 @@ class KernelSoftmaxAttention(nn.Module):
         if backend not in known:
             raise UnknownNameError("back end of KernelSoftmaxAttention", backend, known)
         self.backend = backend
+        self.last_run: SoftmaxBackend | None = None
 
     def forward(
         self,
@@ -66,7 +72,11 @@ class KernelSoftmaxAttention(nn.Module):
             scores = scores + bias.dense()
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return row_softmax(scores, scale=scale, is_causal=is_causal, backend=self.backend).to(v.dtype) @ v
+        answering = self.backend_for(scores)  # autocast may give them another dtype than the queries'
+        weights = row_softmax(scores, scale=scale, is_causal=is_causal, backend=answering)
+        if self.last_run != answering and not torch.compiler.is_compiling():
+            self.last_run = answering
+        return weights.to(v.dtype) @ v
 
     def backend_for(self, q: Tensor) -> SoftmaxBackend:
         """What answers for queries, whose dtype and device the scores have."""

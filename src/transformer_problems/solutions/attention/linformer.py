@@ -85,8 +85,8 @@ class Linformer(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        self._check(k, bias, is_causal)
         check_shapes(q, k, v, mask)
+        self._check(k, bias, is_causal)
         if mask is not None:
             absent = ~key_mask_of(mask, "Linformer")[..., None, :, None]  # [..., 1, M, 1]
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)

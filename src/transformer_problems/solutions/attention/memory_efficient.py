@@ -59,6 +59,8 @@ class MemoryEfficientAttention(nn.Module):
     ) -> Tensor:
         check_shapes(q, k, v, mask)
         k, v = match_heads(q, k), match_heads(q, v)
+        if k.shape[-2] == 0:
+            return q @ k.mT @ v  # zeros that pass zeros back, which no chunk of keys would
         tiles = _Tiles(bias, mask, is_causal, self.query_chunk, self.key_chunk)
         rows = list(tiles.of(q, k).rows()) or [slice(0, 0)]  # without queries one empty chunk
         return torch.cat([_recomputed(_attend, tiles, q, k, v, chunk) for chunk in rows], dim=-2)

@@ -218,6 +218,7 @@ class Performer(nn.Module):
         return (logs - largest).clamp(min=_LOG_FLOOR).exp(), log_scale
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        check_shapes(q, k, v, mask)
         (num_heads, head_dim), num_kv_heads = (q.shape[-3], q.shape[-1]), k.shape[-3]
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         if head_dim != self.head_dim:
@@ -225,7 +226,6 @@ class Performer(nn.Module):
                 f"head_dim must equal the last dimension of q; got {self.head_dim} and {head_dim}. "
                 f"Build Performer with head_dim={head_dim}."
             )
-        check_shapes(q, k, v, mask)
 
 
 @dataclass(frozen=True, slots=True)

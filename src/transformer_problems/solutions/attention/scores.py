@@ -5,6 +5,7 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import shown
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -13,13 +14,24 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     Asked for every token in decoding, so it only compares sizes. The values may be wider than the keys.
 
     Raises:
-        ArgumentError: If q and k differ in width, k and v in number, or the mask does not fit the scores.
+        ArgumentError: If q, k or v has fewer than three dimensions or holds no floats, q and k differ in width or have
+            none, k and v differ in number, or the mask does not fit the scores.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point():
+            raise ArgumentError(f"{name} must be floats [..., H, N, D]; got {shown(x)}. Give one head as {name}[None].")
     num_keys, head_dim = k.shape[-2:]
+    if head_dim == 0:
+        raise ArgumentError(f"q and k must have a last dimension, D, of one at least; got 0, in {list(k.shape)}.")
     if q.shape[-1] != head_dim:
         raise ArgumentError(
             f"q and k must have the same last dimension, D; got {q.shape[-1]} and {head_dim}, in {list(q.shape)} and "
             f"{list(k.shape)}. Project both to one head_dim."
+        )
+    if q.shape[:-3] != k.shape[:-3]:
+        raise ArgumentError(
+            f"q and k must be of the same sequences; got {list(q.shape)} and {list(k.shape)}. Repeat keys and values "
+            "for each sequence of queries."
         )
     if v.shape[-2] != num_keys:
         raise ArgumentError(

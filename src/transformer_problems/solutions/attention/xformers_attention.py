@@ -39,8 +39,8 @@ class XFormersAttention(nn.Module):
         dropout.
 
     Example:
-        >>> from transformer_problems import SelfAttention
-        >>> from transformer_problems.solutions.attention.xformers_attention import XFormersAttention
+        >>> import torch
+        >>> from transformer_problems import SelfAttention, XFormersAttention
         >>> layer = SelfAttention(64, num_heads=4, op=XFormersAttention())
         >>> layer(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
