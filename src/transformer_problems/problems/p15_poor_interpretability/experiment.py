@@ -99,7 +99,7 @@ class PoorInterpretability:
     columns = (
         Column("auc", "AUC, 1 layer", at=1.0, better="higher"),
         Column("auc", "AUC, most layers", at="last", better="higher"),
-        Column("auc_among_planted", "of planted tokens alone", at="last", better="higher"),
+        Column("auc_among_planted", "AUC among planted tokens", at="last", better="higher"),
         Column("comprehensiveness", "probability lost without it", at="last", better="higher"),
         Column("sufficiency", "lost with it alone", at="last", better="lower"),
         Column("latency_s", "seconds an explanation", at="last", better="lower"),

@@ -140,7 +140,9 @@ class HardwareInefficiency:
         notes = [
             f"One causal layer of width {_WIDTH} with {_HEADS} heads and without biases, batch 1, float32, the same "
             "weights in every arm; gradients of the input and of all weights. FLOPs are those of matrix products; of "
-            "fused operators causal attention counts in whole, whether they skip what is masked or not.",
+            "fused operators causal attention counts in whole, whether they skip what is masked or not. FLOPs for each "
+            "byte are those of a whole step: even where they are more than the machine needs, the operations between "
+            "two products, run alone, do none of these FLOPs and wait for memory.",
             "Kernels and bytes are those of operators, ours and PyTorch's, each tensor read and written once, with no "
             "cache; what an operator does inside is not seen.",
             "The ceiling is that of the work itself, the same for every arm: the products of forward and backward pass "
