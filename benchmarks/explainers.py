@@ -134,12 +134,15 @@ def probability(question: Question) -> float:
 def report(name: str, explainer: Explainer, questions: list[Question], mask_token: int | None) -> None:
     trusts: list[Faithfulness] = []
     seconds = 0.0
-    for question in questions:
+    for number, question in enumerate(questions):  # draws of its own for each, or chance would repeat itself
+        if isinstance(explainer, RandomScores):
+            explainer = RandomScores(seed=number)
         start = time.perf_counter()
         found = explainer.explain(question.model, question.tokens)
         seconds += time.perf_counter() - start
         asked = question.model, question.tokens, found
-        trusts.append(faithfulness(*asked, keep=question.keep, mask_token=mask_token, num_controls=CONTROLS))
+        drawn = {"num_controls": CONTROLS, "seed": number}
+        trusts.append(faithfulness(*asked, keep=question.keep, mask_token=mask_token, **drawn))
     gains = [float(trust.comprehensiveness - trust.random_comprehensiveness) for trust in trusts]
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
     print(
