@@ -9,11 +9,14 @@ from transformer_problems.core.summaries import Arm, Column, Row
 from transformer_problems.report.formatting import (
     ABSENT,
     NOT_YET,
+    format_amount,
     format_bytes,
     format_count,
     format_estimate,
     format_interval,
+    format_limit,
     format_number,
+    format_reading,
     format_tick,
     format_verdict,
 )
@@ -79,3 +82,35 @@ def test_ticks_and_counts() -> None:
     assert [format_tick(v) for v in (0, 0.5, 8192, 3e6, 2e9, 1e-5)] == ["0", "0.5", "8,192", "3M", "2G", "10⁻⁵"]
     assert format_tick(2.0**20, "kv_cache_bytes") == "1 MiB"
     assert (format_count(1, "seed"), format_count(3, "seed")) == ("1 seed", "3 seeds")
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.25, "%", "25%"),
+        (0.1, "s", "0.1 s"),
+        (2, "1", "2"),
+        (1e-6, "1", "1e-06"),
+        (0.004, "%", "0.4%"),
+        (3100, "1", "3,100"),
+    ],
+)
+def test_a_threshold_is_as_short_as_can_be(value: float, unit: str, text: str) -> None:
+    assert format_limit(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "unit", "text"),
+    [
+        (Interval(0.25, 0.25, 0.25), "%", "25%"),
+        (Interval(0.25, 0.24, 0.26), "%", "25% ±1"),
+        (Interval(0.031, 0.031, 0.031), "s", "0.0310 s"),
+        (Interval(2.5, 2.5, 2.5), "1", "2.50"),
+    ],
+)
+def test_a_reading_with_its_unit(estimate: Interval, unit: str, text: str) -> None:
+    assert format_reading(estimate, unit) == text
+
+
+def test_amounts() -> None:
+    assert [format_amount(value) for value in (12, 426_752, 22_713_216, 7e9)] == ["12.0", "426,752", "22.7M", "7G"]

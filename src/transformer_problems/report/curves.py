@@ -73,6 +73,7 @@ def _set_scales(axes: Axes, curve: Curve, lines: dict[str, Points]) -> None:
 
 def _label_ends(axes: Axes, sheet: Sheet, curve: Curve, colours: dict[str, str], corner: tuple[float, float]) -> None:
     """Each line beside the reading's is named where it ends, and no two names overlap."""
+    axes.autoscale_view()  # else done when drawn, after the places are asked for
     frame, ends = axes.get_window_extent(), []
     for label, points in curve.beside.items():
         _, pixel = axes.transData.transform(points[-1])

@@ -77,7 +77,8 @@ def format_reading(estimate: Interval, unit: str) -> str:
 
 def format_limit(value: float, unit: str) -> str:
     """A threshold as short as it can be said: "25%", "0.1 s"."""
-    return format_reading(Interval(*[float(f"{value:.2g}")] * 3), unit)
+    number = f"{100 * value if unit == '%' else value:,.2g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{number}%" if unit == "%" else number + ("" if unit == "1" else f" {unit}")
 
 
 def format_interval(estimate: Interval | None, column: Column) -> str:

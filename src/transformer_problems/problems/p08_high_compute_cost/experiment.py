@@ -130,8 +130,8 @@ class HighComputeCost:
             f"of the bytes of real text, in windows of {WINDOW}. Each takes {plan.steps + plan.finishing_steps} steps "
             f"of {plan.batch_size} windows with AdamW at a peak rate of 0.002. Half the weights, or heads and neurons, "
             f"are pruned {plan.finishing_steps} steps before the end, by Wanda after it. MobileBERT has no teacher "
-            "here, on which its paper relies, layer norms in place of the paper's NoNorm, and sinusoids where the others "
-            "turn queries and keys by RoPE.",
+            "here, on which its paper relies, layer norms in place of its NoNorm, and sinusoids where the others turn "
+            "queries and keys by RoPE.",
             "Kernels and bytes are those of PyTorch's operators, each tensor read and written once, with no cache; of "
             "the compiled graph only its kernels are counted.",
             "Weights at zero are stored and multiplied as any others, and save neither memory nor time; int4 weights "
