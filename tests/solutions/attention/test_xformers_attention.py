@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems import ALiBi, DenseAttention, SelfAttention
+from transformer_problems.core.errors import ArgumentError, DeviceError, MissingDependencyError, UnknownNameError
 from transformer_problems.solutions.attention import xformers_attention as module
 from transformer_problems.solutions.attention.xformers_attention import XFormersAttention
 
@@ -110,6 +111,25 @@ def test_where_xformers_has_no_kernel_the_library_answers(calls: list[tuple[torc
     y = op(*given)
     assert len(calls) == 1 and op.last_run == "own"
     torch.testing.assert_close(y, DenseAttention()(*given))
+
+
+def test_a_named_back_end_answers_or_says_why_not(
+    calls: list[tuple[torch.Size, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, named, given = XFormersAttention(backend="own"), XFormersAttention(backend="xformers"), draw()
+    torch.testing.assert_close(own(*given), named(*given))
+    assert (own.last_run, named.last_run, len(calls)) == ("own", "xformers", 1)
+    with pytest.raises(ArgumentError, match="float64"):
+        named(*(x.double() for x in given))
+    with pytest.raises(UnknownNameError, match="auto, xformers, own"):
+        XFormersAttention(backend="cuda")  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "_can_run", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install xformers"):
+        XFormersAttention(backend="xformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    with pytest.raises(DeviceError, match="CUDA"):
+        XFormersAttention(backend="xformers")
 
 
 @pytest.mark.parametrize(("installed", "has_cuda"), [(False, True), (True, False), (True, True)])

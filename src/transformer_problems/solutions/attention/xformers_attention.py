@@ -3,16 +3,18 @@
 import importlib
 import importlib.util
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.errors import ArgumentError, DeviceError, MissingDependencyError, UnknownNameError
 from transformer_problems.core.slots import AttentionOp, PositionBias
 from transformer_problems.solutions.attention.memory_efficient import MemoryEfficientAttention
 from transformer_problems.solutions.attention.scores import check_shapes, match_heads
 
 XFormersPath = Literal["xformers", "own"]
+XFormersBackend = Literal["auto", "xformers", "own"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -23,6 +25,9 @@ class XFormersAttention(nn.Module):
     or mask; causal attention too, unless there are more queries than keys. Every other call, and one that xFormers has
     no kernel for, is answered by MemoryEfficientAttention, which gives the same up to rounding.
 
+    Args:
+        backend: "auto" is as above; "own" never asks xFormers; "xformers" refuses the calls that it cannot answer.
+
     Attributes:
         runs: "xformers" where it is installed and there is a CUDA device, for the calls that it takes; else "own".
         last_run: What answered the latest call of any thread; None before the first.
@@ -31,7 +36,9 @@ class XFormersAttention(nn.Module):
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
     Raises:
-        ArgumentError: If q, k, v and mask do not fit each other.
+        ArgumentError: If q, k, v and mask do not fit each other, or the named xFormers cannot answer a call.
+        MissingDependencyError: If xFormers is named and not installed.
+        DeviceError: If it is named and there is no CUDA device.
 
     Source:
         Lefaudeux et al. 2022, https://github.com/facebookresearch/xformers; Rabe and Staats 2021, arXiv:2112.05682.
@@ -46,9 +53,18 @@ class XFormersAttention(nn.Module):
         torch.Size([2, 100, 64])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, backend: XFormersBackend = "auto") -> None:
         super().__init__()
-        self.runs: XFormersPath = "xformers" if _can_run() else "own"
+        if backend not in get_args(XFormersBackend):
+            raise UnknownNameError("backend", backend, get_args(XFormersBackend))
+        if backend == "xformers" and not _can_run():
+            if importlib.util.find_spec("xformers") is None:
+                raise MissingDependencyError(
+                    "xformers is not installed. Install the version for your torch: pip install xformers"
+                )
+            raise DeviceError("backend 'xformers' must have a CUDA device; this machine has none. Use backend='auto'.")
+        self.backend = backend
+        self.runs: XFormersPath = "xformers" if backend != "own" and _can_run() else "own"
         self.last_run: XFormersPath | None = None
         self.own = MemoryEfficientAttention()
 
@@ -71,12 +87,17 @@ class XFormersAttention(nn.Module):
             else:
                 self.last_run = "xformers"
                 return y
+        if self.backend == "xformers":
+            raise ArgumentError(
+                f"a call must be one that xFormers answers, for it is named; got {q.dtype} on {q.device} with head_dim "
+                f"{q.shape[-1]}, bias {bias is not None} and mask {mask is not None}. Use backend='auto'."
+            )
         self.last_run = "own"
         own: AttentionOp = self.own
         return own(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
 
     def extra_repr(self) -> str:
-        return f"runs={self.runs!r}"
+        return f"backend={self.backend!r}, runs={self.runs!r}"
 
 
 def _can_run() -> bool:
