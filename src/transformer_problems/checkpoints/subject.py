@@ -135,6 +135,11 @@ class Subject:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         return self.kind == "causal" or (self.kind == "encoder" and head is not None)
 
+    @property
+    def body(self) -> "Subject":
+        """The same without a head: its passes give the last hidden states, and no logits of a large vocabulary."""
+        return self.with_model(cast("Any", self.model).base_model)
+
     def run(self, inputs: Inputs, *, states: bool = False, attentions: bool = False) -> Pass:
         """One pass. Gradients flow unless the caller turns them off.
 
