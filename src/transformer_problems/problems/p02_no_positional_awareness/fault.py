@@ -10,6 +10,7 @@ from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.core.errors import CombinationError
 
 _TABLES = ("position_embeddings", "wpe", "embed_positions")
+_PARAMETERS = ("position_embeddings", "relative_position_bias_table")  # of ViT and DeiT, and of Swin
 
 
 class PositionBlind:
@@ -26,6 +27,10 @@ class PositionBlind:
                 if path.rpartition(".")[2] in _TABLES and isinstance(part, nn.Embedding):
                     part.weight.zero_()
                     found = True
+                for name, values in part.named_parameters(recurse=False):
+                    if name in _PARAMETERS:
+                        values.zero_()
+                        found = True
                 if isinstance(frequencies := getattr(part, "inv_freq", None), torch.Tensor):
                     frequencies.zero_()
                     found = True
