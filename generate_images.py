@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 
 from transformer_problems.catalogue import Catalogue, Problem, load_catalogue
+from transformer_problems.catalogue.checkups import load_checkups
+from transformer_problems.clinic.calibration import load_results
 from transformer_problems.core.summaries import ProblemSummary, Row
 from transformer_problems.lab.archive import Archive, load_archive
 from transformer_problems.lab.store import Store
 from transformer_problems.lab.summary import summarise
 from transformer_problems.problems import has_experiment, load_experiment
-from transformer_problems.report import draw_problem, write_problem_page
+from transformer_problems.report import draw_problem, write_problem_page, write_ward_page
 
 ROOT = Path(__file__).parent
 RESULTS, DOCS, README = ROOT / "results", ROOT / "docs", ROOT / "README.md"
@@ -40,6 +42,7 @@ def main() -> None:
         if summary is not None:
             draw_problem(summary, problem, catalogue, folder / "problem.png")
         write_problem_page(summary, problem, catalogue, folder)
+    write_ward_page(load_results(RESULTS / "clinic" / "summary.json"), catalogue, load_checkups(), DOCS)
     README.write_text(with_table(README.read_text(), catalogue, summaries))
     print(f"drew {len(summaries)} pictures and {len(catalogue.problems)} pages")
 

@@ -104,6 +104,21 @@ def fit_exponent(x: npt.ArrayLike, y: npt.ArrayLike) -> Interval:
     return Interval(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
 
 
+def share_interval(successes: int, trials: int) -> Interval:
+    """The share of trials that succeeded with its 95% interval, which few trials, or all alike, do not fool.
+
+    Raises:
+        ArgumentError: If there were no trials, or more successes than trials.
+
+    Source:
+        Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ArgumentError(f"successes must be from 0 to trials, of at least one; got {successes} of {trials}.")
+    bounds = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    return Interval(successes / trials, float(bounds.low), float(bounds.high))
+
+
 def _expanded_bounds(samples: Samples) -> tuple[float, float]:
     """The percentiles that stand for 95% given how few seeds, or with one seed examples, were resampled."""
     num_seeds, num_examples = samples.shape

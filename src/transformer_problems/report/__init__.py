@@ -11,9 +11,10 @@ _HOMES = {
     "write_problem_page": "pages",
     "write_report": "site",
     "write_site": "site",
+    "write_ward_page": "ward_page",
 }
 
-__all__ = ["draw_problem", "write_problem_page", "write_report", "write_site"]
+__all__ = ["draw_problem", "write_problem_page", "write_report", "write_site", "write_ward_page"]
 
 
 def __getattr__(name: str) -> Any:
