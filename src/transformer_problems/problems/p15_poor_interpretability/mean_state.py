@@ -32,7 +32,7 @@ class MeanState:
         """[B, C]"""
         inputs = _inputs(tokens, key_mask)
         real = inputs["attention_mask"][..., None]
-        with embedding_gives(self.embedding, embeddings):
+        with embedding_gives(self.embedding, tokens, embeddings):
             states = self.subject.run(inputs).output.float()
         return (states * real).sum(dim=1) / real.sum(dim=1)
 
