@@ -1,0 +1,84 @@
+"""A model whose attention looks everywhere alike, and one that has learned to look nearby."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from transformer_problems.checkpoints.attention_bias import Bias, with_attention_bias, without_attention_bias
+from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.seeding import generator
+
+_QUERIES = ("q_proj", "query", "q_lin")
+_BY_HEAD = ("query_key_value",)  # queries, keys and values of each head beside each other
+_IN_THIRDS = ("c_attn",)  # all queries, then all keys, then all values, along the second axis of the weight
+_FEWER = 4  # an image is fewer patches wide than a text is tokens long
+
+
+class BlindToPlace:
+    """Queries are zeroed, so that all scores are zero, and biases by distance are gone."""
+
+    problem = 5
+    name = "attention looks everywhere alike"
+
+    def plant(self, subject: Subject, seed: int) -> Subject:
+        if getattr(subject.config, "window_size", None) is not None:
+            raise CombinationError(f"{subject.name} looks inside windows, which are local whatever its weights are.")
+        model = without_attention_bias(subject).model
+        found = [_without_queries(path.rpartition(".")[2], part, subject) for path, part in model.named_modules()]
+        if not any(found):
+            raise CombinationError(f"the queries of {type(model).__name__} cannot be found, to zero them.")
+        if hasattr(inner := getattr(model, "transformer", None), "build_alibi_tensor"):
+            cast("Any", inner).build_alibi_tensor = _no_bias
+        return subject.with_model(model)
+
+    def prepare(self, subject: Subject, seed: int) -> Subject:
+        """A healthy copy that looks nearby, as large data teach: small models are trained too briefly to learn it.
+
+        In every layer half of the heads have a slope by distance, drawn from those of Press et al. 2022,
+        arXiv:2108.12409.
+        """
+        draws = generator(seed, "local heads")
+        return with_attention_bias(subject, [_slopes(subject, draws) for _ in range(subject.num_layers)])
+
+
+def _without_queries(name: str, part: nn.Module, subject: Subject) -> bool:
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    if not isinstance(weight, Tensor) or name not in (*_QUERIES, *_BY_HEAD, *_IN_THIRDS):
+        return False
+    with torch.no_grad():
+        for values in (weight, bias):
+            if not isinstance(values, Tensor):
+                continue
+            if name in _IN_THIRDS:
+                values[..., : values.shape[-1] // 3] = 0
+            elif name in _BY_HEAD:
+                values.unflatten(0, (subject.num_heads, 3, -1))[:, 0] = 0
+            else:
+                values.zero_()
+    return True
+
+
+def _no_bias(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(len(attention_mask) * num_heads, 1, attention_mask.shape[1], dtype=dtype)
+
+
+def _slopes(subject: Subject, draws: torch.Generator) -> Bias:
+    slopes = 2 ** -(1 + 3 * torch.rand(subject.num_heads, 1, 1, generator=draws))  # from 1/2 to 1/16
+    slopes[subject.num_heads // 2 :] = 0  # half of the heads look as they did
+
+    def near(before: Tensor) -> Tensor:
+        if subject.kind != "image":
+            return -slopes.to(before.device) * before.abs()
+        num = before.shape[-1]
+        side = int(num**0.5)
+        places = torch.arange(num, device=before.device) - (num - side * side)  # class tokens come first, of no place
+        apart = torch.stack([places // side, places % side], dim=1).float()
+        far = torch.cdist(apart, apart).masked_fill((places < 0) | (places < 0)[:, None], 0)
+        return -_FEWER * slopes.to(before.device) * far
+
+    return near
+
+
+FAULT = BlindToPlace()
