@@ -81,7 +81,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
             f"dtype must be float32, float64, bfloat16 or float16, in which matrices are multiplied; got {dtype}. "
             "Choose torch.float32 or torch.bfloat16."
         )
-    return Roofline(_peak_flops_per_s(device, dtype), _peak_bytes_per_s(device))
+    return Roofline(_peak_flops_per_s(device, dtype), measure_bandwidth(device))
 
 
 @torch.no_grad()
@@ -95,7 +95,14 @@ def _peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def _peak_bytes_per_s(device: torch.device) -> float:
+def measure_bandwidth(device: torch.device) -> float:
+    """Peak traffic to and from main memory, bytes read plus bytes written a second: of a copy larger than caches.
+
+    Raises:
+        ArgumentError: If the device is neither a CPU nor CUDA.
+    """
+    if device.type not in _ARRAY_BYTES:
+        raise ArgumentError(f"device must be of type cpu or cuda; got {device.type}. Measure on one of these.")
     num_bytes = _ARRAY_BYTES[device.type]
     source = torch.ones(num_bytes, device=device, dtype=torch.uint8)
     target = torch.zeros_like(source)
