@@ -17,7 +17,7 @@ from transformer_problems.core.seeding import generator
 from transformer_problems.lab.meters.roofline import Roofline, measure_roofline
 from transformer_problems.lab.statistics import mean_interval
 
-_MOST_CHARACTERS_A_TOKEN = 16
+_MOST_CHARACTERS_A_TOKEN = 64  # a word that a tokenizer does not know is one token, however long
 
 
 @dataclass(frozen=True)
