@@ -14,15 +14,15 @@ from transformer_problems.problems.p14_noise_sensitivity.surroundings import Sur
 _NUM_TEXTS, _LENGTH, _PADDING = 8, 32, 91  # odd, so that sums are taken in another order than alone
 _AMOUNTS = (0.25, 0.5, 1.0, 2.0)  # of noise, in lengths of the text
 _BATCH, _MOST_TOKENS = 16, 256
-_ROUNDING = 0.01  # a relative change that bfloat16 can give by itself
+_ROUNDING = 0.01  # what bfloat16 can do by itself
 
 
 class NoiseCheckup:
     """A text alone, padded, and with unrelated text at its side, and how far that moves what the model makes of it.
 
-    That is the last token's state of a causal model, and the mean over the text's own tokens of an encoder. What
-    padding does is told beside the state itself. What noise does is told beside the change from one text to another:
-    a model that weighs text and noise alike, as a plain mean of both does, is moved half as far.
+    That is the last token's state of a causal model, and the mean over the text's own tokens of an encoder. Both
+    changes are told beside that from one text to another: padding should do nothing beyond rounding, and a model
+    that weighs text and noise alike, as a plain mean of both does, is moved half as far.
     """
 
     problem = 14
@@ -35,11 +35,11 @@ class NoiseCheckup:
         own, other, noise = drawn.bodies.chunk(3)
         texts, others = (replace(drawn, bodies=bodies[:, :_LENGTH]) for bodies in (own, other))
         alone, padded = (_states(subject, given) for given in (texts.alone(), texts.padded(_PADDING)))
-        padding = estimate((padded - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1))
         told = _told(subject, alone)
         apart = (_told(subject, _states(subject, others.alone())) - told).norm(dim=1)
         if not bool((apart > 0).all()):
             return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
+        padding = estimate((_told(subject, padded) - told).norm(dim=1) / apart)
         moved = [
             (_told(subject, _states(subject, texts.among(noise[:, : int(amount * _LENGTH)]))) - told).norm(dim=1)
             / apart
@@ -51,7 +51,7 @@ class NoiseCheckup:
         idle = _idle_share(visit) if visit.material.own else None
         return Examination(
             {"padding_change": padding, "distractor_share": change},
-            f"padding moves its output by {padding.value:.1%}; as much unrelated text, by {change.value:.0%} of what "
+            f"padding moves its output by {padding.value:.1%}, as much unrelated text by {change.value:.0%}, of what "
             "another text would",
             _remedies(subject, padding.value, by_amount, on_noise, idle),
             Curve(
