@@ -58,7 +58,7 @@ class Roofline:
 
 
 @cache
-def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+def measure_roofline(device: torch.device, dtype: torch.dtype, *, array_bytes: int | None = None) -> Roofline:
     """The limits of this machine, measured once a process: some seconds on a CPU.
 
     Arithmetic by the product of two large square matrices in `dtype`, traffic by a copy between arrays far larger than
@@ -67,6 +67,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
 
     Args:
         dtype: Of the matrices; a bfloat16 product may be faster or slower than a float32 one.
+        array_bytes: As of `measure_bandwidth`.
 
     Raises:
         ArgumentError: If the device is neither a CPU nor CUDA, or the dtype none of float32, float64, bfloat16 and
@@ -81,7 +82,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
             f"dtype must be float32, float64, bfloat16 or float16, in which matrices are multiplied; got {dtype}. "
             "Choose torch.float32 or torch.bfloat16."
         )
-    return Roofline(_peak_flops_per_s(device, dtype), measure_bandwidth(device))
+    return Roofline(_peak_flops_per_s(device, dtype), measure_bandwidth(device, array_bytes=array_bytes))
 
 
 @torch.no_grad()
@@ -95,15 +96,18 @@ def _peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def measure_bandwidth(device: torch.device) -> float:
+def measure_bandwidth(device: torch.device, *, array_bytes: int | None = None) -> float:
     """Peak traffic to and from main memory, bytes read plus bytes written a second: of a copy larger than caches.
+
+    Args:
+        array_bytes: Of each of the two arrays; smaller ones may lie in a large cache. Default 256 MiB, 1 GiB on CUDA.
 
     Raises:
         ArgumentError: If the device is neither a CPU nor CUDA.
     """
     if device.type not in _ARRAY_BYTES:
         raise ArgumentError(f"device must be of type cpu or cuda; got {device.type}. Measure on one of these.")
-    num_bytes = _ARRAY_BYTES[device.type]
+    num_bytes = array_bytes or _ARRAY_BYTES[device.type]
     source = torch.ones(num_bytes, device=device, dtype=torch.uint8)
     target = torch.zeros_like(source)
     times_s = measure_latency(lambda: target.copy_(source), device=device, repeats=_REPEATS).times_s
