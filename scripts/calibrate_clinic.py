@@ -17,6 +17,7 @@ import torch
 
 from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.catalogue.checkups import CALIBRATED, load_checkups
+from transformer_problems.checkpoints.checkup import Prepares
 from transformer_problems.clinic.calibration import (
     WardResult,
     accuracy,
@@ -88,7 +89,9 @@ def settle(problem: Problem, where: Environment) -> WardResult:
     readings = judged(readings, thresholds)
     save_readings(readings, file)
     halves = accuracy(readings, "calibration"), accuracy(readings, "report")
-    return WardResult(problem.number, load_fault(problem).name, where, *halves, ranges(readings))
+    fault = load_fault(problem)
+    preparation = fault.preparation if isinstance(fault, Prepares) else ""
+    return WardResult(problem.number, fault.name, preparation, where, *halves, ranges(readings))
 
 
 def _file(problem: Problem) -> Path:

@@ -40,20 +40,20 @@ def readings(healthy: list[float], ill: list[float], half: str = "calibration", 
     ]
 
 
-def test_mild_is_half_way_and_severe_the_median_of_the_ill() -> None:
+def test_mild_is_half_way_and_severe_the_mildest_of_the_ill() -> None:
     found = calibrated(readings([1, 2, 3], [5, 7, 8]), LOWER)
-    assert (found.mild, found.severe) == (4, 7)
+    assert (found.mild, found.severe) == (4, 5)
 
 
 def test_values_that_span_more_than_ten_times_are_halved_in_logs() -> None:
     found = calibrated(readings([1, 2], [200, 800]), LOWER)
-    assert (found.mild, found.severe) == (20, 500)
+    assert (found.mild, found.severe) == (20, 200)
 
 
 def test_where_more_is_better_the_ill_are_below() -> None:
     higher = replace(LOWER, better="higher")
     found = calibrated(readings([5, 7, 8], [1, 2, 3]), higher)
-    assert (found.mild, found.severe) == (4, 2)
+    assert (found.mild, found.severe) == (4, 3)
     assert calibrated(readings([200, 800], [1, 2]), higher).mild == 20
     assert calibrated(readings([0.5, 0.6], [-0.1, 0.1]), higher).mild == pytest.approx(0.3)
 
@@ -61,7 +61,7 @@ def test_where_more_is_better_the_ill_are_below() -> None:
 def test_where_they_overlap_the_cut_is_the_one_with_most_right() -> None:
     """A cut between 4 and 5 finds 3 of 4 ill and spares 4 of 4; one between 2 and 2.5 finds all and spares 2 of 4."""
     found = calibrated(readings([1, 2, 3, 4], [2.5, 5, 6, 7]), LOWER)
-    assert (found.mild, found.severe) == (4.5, 5.5)
+    assert (found.mild, found.severe) == (4.5, 4.5)
 
 
 def test_severe_is_never_nearer_to_well_than_mild() -> None:
@@ -105,7 +105,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     rows = readings([1.5, 2], [3, 1e-9])
     save_readings(rows, tmp_path / "deep" / "x.csv")
     assert load_readings(tmp_path / "deep" / "x.csv") == rows
-    result = WardResult(2, "fault", WHERE, accuracy(rows, "calibration"), accuracy(rows, "report"), ranges(rows))
+    result = WardResult(2, "fault", "", WHERE, accuracy(rows, "calibration"), accuracy(rows, "report"), ranges(rows))
     assert ranges(rows)["m"]["healthy"] == Interval(1.75, 1.5, 2)
     whole = replace(result, reported=result.calibration)
     save_results({2: whole}, tmp_path / "summary.json")

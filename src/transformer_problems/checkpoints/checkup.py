@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,10 @@ class Visit:
     seed: int = 0
     progress: Callable[[float], None] = field(default=lambda share: None)
 
-    def texts(self, num: int, length: int, *, first: int = 0) -> Inputs:
+    def texts(self, num: int, length: int) -> Inputs:
         """Excerpts of exactly `length` tokens, special ones included, from places far from each other.
 
-        The same on every call; more of them begin with the same ones only where `num` is a multiple.
-
-        Args:
-            first: The first excerpt's number: calls with other numbers read other places.
+        The same on every call.
 
         Shape:
             input_ids, attention_mask: [num, length].
@@ -52,8 +49,8 @@ class Visit:
         needed = min(len(text), length * _MOST_CHARACTERS_A_TOKEN)
         last = len(text) - needed
         rows = []
-        for number in range(first, first + num):
-            start = last * (2 * number + 1) // (2 * num) % (last + 1)
+        for number in range(num):
+            start = last * (2 * number + 1) // (2 * num)
             rows.append(tokenizer(text[start : start + needed], truncation=True, max_length=length)["input_ids"])
         shortest = min(map(len, rows))
         if shortest < length:
@@ -153,6 +150,17 @@ class Fault(Protocol):
         Raises:
             CombinationError: If a model of this form cannot have the fault.
         """
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A fault that healthy small models, trained for minutes, have by themselves to some extent."""
+
+    preparation: str  # "half of the heads are given a slope by distance"
+
+    def prepare(self, subject: Subject, seed: int) -> Subject:
+        """A healthy copy of a healthy model, for the check-up to leave in peace and the fault to be planted in."""
         ...
 
 

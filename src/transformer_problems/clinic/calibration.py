@@ -45,12 +45,14 @@ class WardResult:
 
     Args:
         fault: What was done to the ill ones.
+        preparation: What was done to the healthy ones before, and to the ill ones with them; empty if nothing was.
         reported: On the half that set no threshold.
         ranges: Metric -> condition -> median with the least and the largest, over both halves.
     """
 
     problem: int
     fault: str
+    preparation: str
     environment: Environment
     calibration: Accuracy
     reported: Accuracy
@@ -62,7 +64,7 @@ def calibrated(readings: Sequence[WardReading], threshold: Threshold) -> Thresho
 
     Mild is half-way between the most ill-like healthy value and the most healthy-like ill one, in logs where values
     span more than 10x; where they overlap, the cut with the best mean of sensitivity and specificity, and of equal
-    ones the furthest from well. Severe is the median of the ill, but never nearer to well than mild.
+    ones the furthest from well. Severe is the most healthy-like of the ill, but never nearer to well than mild.
     """
     if not threshold.source.startswith(CALIBRATED):
         return threshold
@@ -76,7 +78,7 @@ def calibrated(readings: Sequence[WardReading], threshold: Threshold) -> Thresho
     values = [max(well), min(ill)] if apart else sorted({*well, *ill})
     cuts = [_half_way(a, b, [*well, *ill]) for a, b in itertools.pairwise(values)] or values
     mild = max(cuts, key=lambda cut: (_balanced_accuracy(cut, well, ill), cut))
-    severe = max(median(ill), mild)
+    severe = max(min(ill), mild)
     return replace(threshold, mild=float(f"{sign * mild:.4g}"), severe=float(f"{sign * severe:.4g}"))
 
 
@@ -130,6 +132,7 @@ def load_results(file: Path) -> dict[int, WardResult]:
         int(number): WardResult(
             problem=int(number),
             fault=entry["fault"],
+            preparation=entry["preparation"],
             environment=Environment(**entry["environment"]),
             calibration=_accuracy(entry["calibration"]),
             reported=_accuracy(entry["reported"]),

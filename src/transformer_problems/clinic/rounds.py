@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from transformer_problems.catalogue import Problem
-from transformer_problems.checkpoints.checkup import Checkup, Fault, Visit
+from transformer_problems.checkpoints.checkup import Checkup, Fault, Prepares, Visit
 from transformer_problems.checkpoints.material import Material, machines_images, machines_texts
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.clinic.ward import Patient, admit, patients
@@ -63,6 +63,8 @@ def examine_ward(
     for patient, half in _admissions(checkup, fault, cache, materials):
         progress(patient.name)
         healthy = admit(patient, cache)
+        if isinstance(fault, Prepares):
+            healthy = fault.prepare(healthy, patient.seed)
         material = materials[patient.kind == "image"]
         ill = fault.plant(healthy, patient.seed)
         conditions: list[tuple[Condition, Subject]] = [("healthy", healthy), ("ill", ill)]

@@ -21,6 +21,7 @@ class BlindToPlace:
 
     problem = 5
     name = "attention looks everywhere alike"
+    preparation = "half of the heads are first given a slope by distance, for small models hardly learn to look nearby"
 
     def plant(self, subject: Subject, seed: int) -> Subject:
         if getattr(subject.config, "window_size", None) is not None:
