@@ -45,13 +45,13 @@ class Visit:
         Raises:
             ArgumentError: If the material is too short, or the tokenizer gives fewer tokens than it should.
         """
-        tokenizer, text = self.subject.tokenizer, self._running_text
-        needed = min(len(text), length * _MOST_CHARACTERS_A_TOKEN)
+        text = self._running_text
+        needed = min(length * _MOST_CHARACTERS_A_TOKEN, len(text) // 2)  # of short material, not all of it each time
         last = len(text) - needed
-        rows = []
-        for number in range(num):
-            start = last * (2 * number + 1) // (2 * num)
-            rows.append(tokenizer(text[start : start + needed], truncation=True, max_length=length)["input_ids"])
+        starts = [last * (2 * number + 1) // (2 * num) for number in range(num)]
+        rows = [self._tokens(text[start : start + needed], length) for start in starts]
+        if min(map(len, rows)) < length:
+            rows = [self._tokens(text[start:] + "\n" + text[:start], length) for start in starts]
         shortest = min(map(len, rows))
         if shortest < length:
             raise ArgumentError(
@@ -64,7 +64,7 @@ class Visit:
         """Whole texts of the material, cut at `length` tokens, spread over all of it; each [n] with n at least 2."""
         texts = self.material.texts
         chosen = [texts[len(texts) * number // num] for number in range(min(num, len(texts)))]
-        rows = [self.subject.tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in chosen]
+        rows = [self._tokens(text, length) for text in chosen]
         return [torch.tensor(row, device=self.subject.device) for row in rows if len(row) > 1]
 
     def padded(self, rows: list[Tensor]) -> Inputs:
@@ -114,6 +114,10 @@ class Visit:
     def roofline(self) -> Roofline:
         """What this machine can do at most, measured once a visit."""
         return measure_roofline(self.subject.device, self.subject.dtype, array_bytes=ARRAY_BYTES)
+
+    def _tokens(self, text: str, length: int) -> list[int]:
+        tokens: list[int] = self.subject.tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        return tokens
 
     @cached_property
     def _running_text(self) -> str:

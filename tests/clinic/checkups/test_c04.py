@@ -21,7 +21,7 @@ from transformer_problems.problems.p04_slow_decoding.fault import FAULT
 @pytest.fixture(autouse=True)
 def a_known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring it takes a second, and half a GB."""
-    monkeypatch.setattr(checkup, "measure_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(checkup, "measure_bandwidth", lambda device, array_bytes: 1e10)
 
 
 def test_a_cache_that_is_off_is_found_out(causal: Subject, texts: Material) -> None:

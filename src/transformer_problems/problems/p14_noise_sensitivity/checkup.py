@@ -37,16 +37,17 @@ class NoiseCheckup:
         alone, padded = (_states(subject, given) for given in (texts.alone(), texts.padded(_PADDING)))
         told = _told(subject, alone)
         apart = (_told(subject, _states(subject, others.alone())) - told).norm(dim=1)
-        if not bool((apart > 0).all()):
+        differ = apart > 0
+        if 2 * int(differ.sum()) < len(apart):
             return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
-        padding = estimate((_told(subject, padded) - told).norm(dim=1) / apart)
-        moved = [
-            (_told(subject, _states(subject, texts.among(noise[:, : int(amount * _LENGTH)]))) - told).norm(dim=1)
-            / apart
-            for amount in _AMOUNTS
-        ]
-        by_amount = {amount: float(change.mean()) for amount, change in zip(_AMOUNTS, moved, strict=True)}
-        change = estimate(moved[_AMOUNTS.index(1.0)])
+
+        def moved(states: Tensor) -> Tensor:
+            return ((_told(subject, states) - told).norm(dim=1) / apart)[differ]
+
+        padding = estimate(moved(padded))
+        by_noise = [moved(_states(subject, texts.among(noise[:, : int(share * _LENGTH)]))) for share in _AMOUNTS]
+        by_amount = {amount: float(change.mean()) for amount, change in zip(_AMOUNTS, by_noise, strict=True)}
+        change = estimate(by_noise[_AMOUNTS.index(1.0)])
         on_noise = _attention_on_noise(texts, noise[:, :_LENGTH])
         idle = _idle_share(visit) if visit.material.own else None
         return Examination(
