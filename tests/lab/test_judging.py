@@ -187,6 +187,20 @@ def test_a_gain_is_held_to_its_quality(accuracies: list[float], word: str) -> No
     assert "accuracy lost" in verdict.reason
 
 
+def test_a_quality_measured_along_something_is_held_where_the_gain_is_read() -> None:
+    criterion = dataclasses.replace(CRITERION, at="last", quality="bits", quality_better="lower", quality_loss=0.05)
+    for last, word in ((3.0, "helps"), (3.2, "hurts")):
+        bits = [
+            record(arm, value, metric="bits", x=x)
+            for arm, values in (("dense", (4.0, 3.0)), ("flash", (5.0, last)))
+            for x, value in zip((1.0, 2.0), values, strict=True)
+        ]
+        seconds = [record(arm, s, x=x) for arm, s in (("dense", 4.0), ("flash", 1.0)) for x in (1.0, 2.0)]
+        verdict = judge(1, Arm("flash", "Flash"), "dense", criterion, Results([*seconds, *bits]), None)
+        assert verdict.word == word
+        assert "bits lost" in verdict.reason
+
+
 def test_a_lower_loss_is_no_loss_of_quality() -> None:
     criterion = dataclasses.replace(CRITERION, quality="bits", quality_better="lower", quality_loss=0.05)
     bits = [record("dense", 3.0, metric="bits"), record("flash", 2.0, metric="bits")]

@@ -49,7 +49,8 @@ class Criterion:
         margin: How far from no change the whole interval must lie; for ratios, beyond 1 + margin or its inverse.
         promise: A metric that arms record which promise an unchanged output; empty where nothing is promised.
         promise_limit: The largest value that keeps the promise. An arm beyond it hurts, whatever it gains.
-        quality: A metric without x that must hold, such as accuracy; empty where only `metric` counts.
+        quality: A metric that must hold, such as accuracy, read at the x of `at` where it is measured along something;
+            empty where only `metric` counts.
         quality_better: Which way of it is good.
         quality_loss: How much of it may be lost. An arm that surely loses more hurts, whatever it gains; one that may
             have lost more is inconclusive at best.

@@ -68,10 +68,18 @@ def _quality_lost(arm: str, baseline: str, criterion: Criterion, results: Result
     """How much worse than the baseline the arm is in what must hold; None where nothing must or was measured."""
     if not criterion.quality:
         return None
-    change = measure_effect(results, arm, baseline, criterion.quality, "difference", None)
+    x = _quality_x(arm, baseline, criterion, results)
+    change = measure_effect(results, arm, baseline, criterion.quality, "difference", x)
     if change is None or criterion.quality_better == "lower":
         return change
     return Interval(-change.value, -change.high, -change.low)
+
+
+def _quality_x(arm: str, baseline: str, criterion: Criterion, results: Results) -> float | None:
+    """Where the quality is read: once, or where it is measured along something, at the x that the criterion names."""
+    if results.paired(arm, baseline, criterion.quality, None) is not None:
+        return None
+    return common_x(results, arm, baseline, criterion.quality, criterion.at)
 
 
 def _held_to_quality(word: VerdictWord, loss: Interval, limit: float) -> VerdictWord:
@@ -85,7 +93,8 @@ def _quality_text(criterion: Criterion, loss: Interval | None, results: Results,
         return ""
     if loss is None:
         return f"; {criterion.quality} was not measured"
-    spread = _spread_text(loss, results, arm, baseline, criterion.quality, None)
+    x = _quality_x(arm, baseline, criterion, results)
+    spread = _spread_text(loss, results, arm, baseline, criterion.quality, x)
     return f"; {criterion.quality} lost {loss.value:.3g}, {spread}, of which {criterion.quality_loss:.3g} is allowed"
 
 

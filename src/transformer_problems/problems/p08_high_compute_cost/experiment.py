@@ -140,9 +140,8 @@ class HighComputeCost:
         bits = [results.mean("float32", "bits", x) for x in results.xs("float32", "bits")]
         if len(bits) > 1 and bits[-1] > bits[0] - _ALIKE_BITS:
             notes.append(
-                f"So few steps leave the wider plain encoder no better than the narrow one ({bits[-1]:.2f} and "
-                f"{bits[0]:.2f} bits per masked byte): what it holds is little, and rounding and pruning have little "
-                "to lose here."
+                f"After so few steps the wider plain encoder is no better than the narrow one ({bits[-1]:.2f} and "
+                f"{bits[0]:.2f} bits per masked byte): what width is worth takes longer training to show."
             )
         if (counted := results.largest("float32", "energy_is_counted")) is not None and not counted:
             notes.append(

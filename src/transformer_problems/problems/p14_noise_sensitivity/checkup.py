@@ -42,7 +42,9 @@ class NoiseCheckup:
             return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
 
         def moved(states: Tensor) -> Tensor:
-            return ((_told(subject, states) - told).norm(dim=1) / apart)[differ]
+            change: Tensor = (_told(subject, states) - told).norm(dim=1)
+            beside: Tensor = (change / apart)[differ]
+            return beside
 
         padding = estimate(moved(padded))
         by_noise = [moved(_states(subject, texts.among(noise[:, : int(share * _LENGTH)]))) for share in _AMOUNTS]
