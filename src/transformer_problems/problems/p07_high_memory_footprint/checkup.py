@@ -74,9 +74,11 @@ class MemoryCheckup:
             cached = CachedText(subject, visit.texts(1, _CACHED)["input_ids"])
             figures["cache_per_1000_tokens_bytes"] = cached.state_bytes / _CACHED * 1000
         how = "" if peak.measured >= longest else ", extrapolated"
+        takes_more = subject.kind != "image" and subject.hard_limit is None
+        room = f"; {_megabytes(memory)} hold {fits:,.0f} {unit}" if takes_more else ""
         meaning = (
             f"{longest:,} {unit} take {_megabytes(peak.at(longest))} beside {_megabytes(weights)} of weights{how}; "
-            f"{scores / whole:.0%} of all are scores; {_megabytes(memory)} hold {fits:,.0f} {unit}"
+            f"{scores / whole:.0%} of all are scores{room}"
         )
         readings = {"peak_share": exactly(whole / memory), "score_share": exactly(scores / whole)}
         return Examination(readings, meaning, _remedies(subject, peak, figures), _curve(peak, weights, visit), figures)

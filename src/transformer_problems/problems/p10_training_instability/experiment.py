@@ -70,7 +70,7 @@ def _decades(low: int, high: int, per_decade: int) -> tuple[float, ...]:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(_decades(-4, -1, 1), 32, 6, steps=60, batch_size=8, num_windows=16, seeds=1),
+    "quick": _Size(_decades(-4, -1, 1), 32, 6, steps=36, batch_size=8, num_windows=16, seeds=1),
     "standard": _Size(_decades(-4, -1, 2), 32, 6, steps=200, batch_size=8, num_windows=64, seeds=3),
     "full": _Size(_decades(-5, -1, 3), 256, 24, steps=5_000, batch_size=64, num_windows=512, seeds=5),
 }
