@@ -88,7 +88,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(_doubling(64, 4096), _doubling(8192, 8192), 3, 512, 4, 30, 1.0, 16, 1),
+    "quick": _Size(_doubling(64, 4096), _doubling(8192, 8192), 2, 512, 4, 30, 1.0, 16, 1),
     "standard": _Size(_doubling(128, 8192), _doubling(16_384, 32_768), 5, 512, 8, 150, 10.0, 48, 3),
     "full": _Size(_doubling(512, 32_768), _doubling(65_536, 131_072), 9, 2048, 16, 4000, 600.0, 256, 5),
 }

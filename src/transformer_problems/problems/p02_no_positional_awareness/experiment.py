@@ -89,7 +89,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(order_steps=240, text_steps=40, batch_size=32, num_questions=128, num_windows=32, seeds=1),
+    "quick": _Size(order_steps=180, text_steps=30, batch_size=32, num_questions=128, num_windows=32, seeds=1),
     "standard": _Size(order_steps=400, text_steps=200, batch_size=32, num_questions=256, num_windows=128, seeds=3),
     "full": _Size(order_steps=5000, text_steps=10_000, batch_size=128, num_questions=2048, num_windows=512, seeds=5),
 }

@@ -66,7 +66,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(48, 130, 96, 0.02, num_documents=64, archive=1024, num_texts=32, repeats=5, seeds=1),
+    "quick": _Size(48, 100, 96, 0.02, num_documents=64, archive=1024, num_texts=32, repeats=5, seeds=1),
     "standard": _Size(48, 300, 128, 0.02, num_documents=256, archive=1024, num_texts=256, repeats=9, seeds=3),
     "full": _Size(128, 4000, 512, 0.005, num_documents=1024, archive=2048, num_texts=1024, repeats=15, seeds=5),
 }

@@ -49,7 +49,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(16, 4, 16, Budget(steps=30, batch_size=4, num_texts=16), seeds=1),
+    "quick": _Size(16, 2, 16, Budget(steps=20, batch_size=4, num_texts=16), seeds=1),
     "standard": _Size(32, 16, 64, Budget(steps=150, batch_size=8, num_texts=128), seeds=3),
     "full": _Size(32, 64, 256, Budget(steps=5_000, batch_size=32, num_texts=8192), seeds=5),
 }

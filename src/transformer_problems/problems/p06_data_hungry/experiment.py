@@ -64,7 +64,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size((10, 100, 500), 48, _Budget(100, 130, 32), _Budget(40, 50, 16), num_excerpts=1000, seeds=1),
+    "quick": _Size((10, 100, 500), 48, _Budget(80, 100, 32), _Budget(30, 40, 16), num_excerpts=1000, seeds=1),
     "standard": _Size((10, 30, 100, 500), 48, _Budget(300, 900, 32), _Budget(200, 600, 16), num_excerpts=2000, seeds=5),
     "full": _Size(
         (10, 20, 50, 100, 200, 500), 192, _Budget(2_000, 20_000, 64), _Budget(2_000, 50_000, 64), 2000, seeds=10

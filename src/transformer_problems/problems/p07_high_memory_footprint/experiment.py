@@ -52,7 +52,7 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 _MIB = 2**20
 _SIZES: dict[Scale, _Size] = {
     "quick": _Size(
-        _doubling(256, 1024), _doubling(512, 2048), 32 * _MIB, 8 * _MIB, 2, CachePlan(64, 8, 20, 2, 256, 4), seeds=1
+        _doubling(256, 1024), _doubling(512, 2048), 32 * _MIB, 8 * _MIB, 2, CachePlan(64, 8, 12, 2, 256, 4), seeds=1
     ),
     "standard": _Size(
         _doubling(128, 2048), _doubling(512, 8192), 32 * _MIB, 8 * _MIB, 5, CachePlan(64, 8, 150, 4, 256, 32), seeds=3

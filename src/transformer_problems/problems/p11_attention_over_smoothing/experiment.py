@@ -65,7 +65,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(32, 12, steps=60, batch_size=32, num_images=64, num_looked_at=32, seeds=1),
+    "quick": _Size(32, 12, steps=36, batch_size=32, num_images=64, num_looked_at=32, seeds=1),
     "standard": _Size(32, 12, steps=300, batch_size=32, num_images=300, num_looked_at=50, seeds=3),
     "full": _Size(192, 48, steps=5_000, batch_size=64, num_images=300, num_looked_at=50, seeds=5),
 }

@@ -67,7 +67,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(32, 2, steps=250, batch_size=64, num_examples=256, num_timed=16, repeats=3, seeds=1),
+    "quick": _Size(32, 2, steps=160, batch_size=64, num_examples=256, num_timed=16, repeats=3, seeds=1),
     "standard": _Size(32, 2, steps=500, batch_size=64, num_examples=512, num_timed=16, repeats=5, seeds=3),
     "full": _Size(128, 4, steps=10_000, batch_size=256, num_examples=4096, num_timed=64, repeats=9, seeds=5),
 }

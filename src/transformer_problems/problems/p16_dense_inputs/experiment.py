@@ -48,7 +48,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size((8, 16, 32), (2, 4, 8), 32, 20, 20, batch_size=16, num_clips=1000, seeds=1),
+    "quick": _Size((8, 16, 32), (2, 4, 8), 32, 12, 12, batch_size=16, num_clips=1000, seeds=1),
     "standard": _Size((8, 16, 32, 64), (4, 8, 16, 32), 32, 500, 400, batch_size=16, num_clips=2000, seeds=3),
     "full": _Size(
         (8, 16, 32, 64, 128), (4, 8, 16, 32, 64), 128, 5_000, 5_000, batch_size=64, num_clips=20_000, seeds=5
