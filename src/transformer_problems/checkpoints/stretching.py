@@ -6,11 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.checkpoints.subject import POSITION_TABLES, Subject
 from transformer_problems.core.errors import CombinationError
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "seq_length")
-_TABLES = ("position_embeddings", "wpe", "embed_positions")
 _OF_PLACES = ("position_ids", "token_type_ids")  # buffers that hold a row for each place
 _ROTATIONS = ("inv_freq", "original_inv_freq")
 
@@ -38,7 +37,7 @@ def _stretch_texts(model: nn.Module, config: Any, factor: int) -> None:
     found = config.model_type == "bloom"  # it counts distances
     for path, part in list(model.named_modules()):
         name = path.rpartition(".")[2]
-        if name in _TABLES and isinstance(part, nn.Embedding):
+        if name in POSITION_TABLES and isinstance(part, nn.Embedding):
             _stretch_table(part, factor)
             found = True
         for name in _ROTATIONS:

@@ -1,7 +1,6 @@
 """A model of transformers as the clinic sees it: what it is, what it takes, and what it gives."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.modes import evaluating
+from transformer_problems.solutions.interpretability.transformers_reader import eager_attention
 
 Kind = Literal["causal", "encoder", "image"]
 Inputs = Mapping[str, Tensor]
 """What a pass takes: input_ids and attention_mask [B, N] of text, or pixel_values [B, 3, height, width]."""
 
 _FIELDS_OF_LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
-_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
 _LAYER_LISTS = ("layers", "layer", "h", "blocks", "albert_layer_groups")
 
 
@@ -104,7 +104,7 @@ class Subject:
         if self.kind == "image":
             return None
         for path, part in self.model.named_modules():
-            if path.rpartition(".")[2] in _TABLES and isinstance(part, nn.Embedding):
+            if path.rpartition(".")[2] in POSITION_TABLES and isinstance(part, nn.Embedding):
                 skipped = 2 if hasattr(part, "offset") else 0  # OPT's first rows stand for no position
                 if part.padding_idx is not None:  # RoBERTa counts from the row after that of padding
                     skipped = part.padding_idx + 1
@@ -203,21 +203,6 @@ class Subject:
             if found is not None:
                 return found
         raise ArgumentError(f"the config of {self.name} must say {names[0]}; it does not. Add it to config.json.")
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, attention is computed the way that keeps its weights; afterwards as before."""
-    config, choose = cast("Any", model).config, getattr(model, "set_attn_implementation", None)
-    before = getattr(config, "_attn_implementation", None)
-    if choose is None or before == "eager":
-        yield
-        return
-    choose("eager")
-    try:
-        yield
-    finally:
-        choose(before)
 
 
 def _answer(output: Any) -> Tensor:

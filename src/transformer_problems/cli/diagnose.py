@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -124,11 +124,17 @@ def _with_progress(visit: Visit, problems: Sequence[Problem], budget_s: float | 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("")
 
-        def show(problem: Problem) -> None:
-            place = problems.index(problem) + 1
-            bar.update(task, description=f"{problem.number:02d} {problem.title.lower()}  ({place} of {len(problems)})")
+        now = ""
 
-        yield from examine(visit, problems, budget_s=budget_s, on_start=show)
+        def begin_one(problem: Problem) -> None:
+            nonlocal now
+            now = f"{problem.number:02d} {problem.title.lower()}  ({problems.index(problem) + 1} of {len(problems)})"
+            bar.update(task, description=now)
+
+        def go_on(share: float) -> None:
+            bar.update(task, description=f"{now}  {share:.0%}")
+
+        yield from examine(replace(visit, progress=go_on), problems, budget_s=budget_s, on_start=begin_one)
 
 
 def _print_head(console: Console, model: Description, visit: Visit) -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.checkpoints.checkup import Visit, estimate
-from transformer_problems.checkpoints.subject import Inputs, Kind, Subject, eager_attention
+from transformer_problems.checkpoints.subject import Inputs, Kind, Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.findings import Examination, Remedy
 from transformer_problems.problems.p02_no_positional_awareness import orders
+from transformer_problems.solutions.interpretability.transformers_reader import eager_attention
 
 _NUM_EXAMPLES, _LENGTH = 8, 64
 _NUM_BUCKETS = 32  # of distances, as T5 has them

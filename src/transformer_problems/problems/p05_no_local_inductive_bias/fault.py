@@ -1,18 +1,14 @@
 """A model whose attention looks everywhere alike, and one that has learned to look nearby."""
 
-from typing import Any, cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_problems.checkpoints.attention_bias import Bias, with_attention_bias, without_attention_bias
+from transformer_problems.checkpoints.even_attention import drop_distance_bias, zero_queries
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.seeding import generator
 
-_QUERIES = ("q_proj", "query", "q_lin")
-_BY_HEAD = ("query_key_value",)  # queries, keys and values of each head beside each other
-_IN_THIRDS = ("c_attn",)  # all queries, then all keys, then all values, along the second axis of the weight
 _FEWER = 4  # an image is fewer patches wide than a text is tokens long
 
 
@@ -27,11 +23,9 @@ class BlindToPlace:
         if getattr(subject.config, "window_size", None) is not None:
             raise CombinationError(f"{subject.name} looks inside windows, which are local whatever its weights are.")
         model = without_attention_bias(subject).model
-        found = [_without_queries(path.rpartition(".")[2], part, subject) for path, part in model.named_modules()]
-        if not any(found):
+        if not zero_queries(model, subject.num_heads):
             raise CombinationError(f"the queries of {type(model).__name__} cannot be found, to zero them.")
-        if hasattr(inner := getattr(model, "transformer", None), "build_alibi_tensor"):
-            cast("Any", inner).build_alibi_tensor = _no_bias
+        drop_distance_bias(model)
         return subject.with_model(model)
 
     def prepare(self, subject: Subject, seed: int) -> Subject:
@@ -42,27 +36,6 @@ class BlindToPlace:
         """
         draws = generator(seed, "local heads")
         return with_attention_bias(subject, [_slopes(subject, draws) for _ in range(subject.num_layers)])
-
-
-def _without_queries(name: str, part: nn.Module, subject: Subject) -> bool:
-    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
-    if not isinstance(weight, Tensor) or name not in (*_QUERIES, *_BY_HEAD, *_IN_THIRDS):
-        return False
-    with torch.no_grad():
-        for values in (weight, bias):
-            if not isinstance(values, Tensor):
-                continue
-            if name in _IN_THIRDS:
-                values[..., : values.shape[-1] // 3] = 0
-            elif name in _BY_HEAD:
-                values.unflatten(0, (subject.num_heads, 3, -1))[:, 0] = 0
-            else:
-                values.zero_()
-    return True
-
-
-def _no_bias(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(len(attention_mask) * num_heads, 1, attention_mask.shape[1], dtype=dtype)
 
 
 def _slopes(subject: Subject, draws: torch.Generator) -> Bias:

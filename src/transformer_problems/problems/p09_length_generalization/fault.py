@@ -7,11 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.checkpoints.subject import POSITION_TABLES, Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.seeding import generator
 
-_TABLES = ("position_embeddings", "wpe", "embed_positions")
 _STRANGER = 20  # times as long as the vectors that the model knows
 
 
@@ -45,7 +44,7 @@ class LostBeyond:
 
 def _table(model: nn.Module) -> nn.Embedding | None:
     for path, part in model.named_modules():
-        if path.rpartition(".")[2] in _TABLES and isinstance(part, nn.Embedding):
+        if path.rpartition(".")[2] in POSITION_TABLES and isinstance(part, nn.Embedding):
             return part
     return None
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.checkpoints.checkup import Visit, estimate, exactly
-from transformer_problems.checkpoints.subject import Inputs, Kind, Subject, eager_attention
+from transformer_problems.checkpoints.subject import Inputs, Kind, Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.findings import Curve, Examination, Remedy
 from transformer_problems.problems.p10_training_instability.scores import ScoresSeen
+from transformer_problems.solutions.interpretability.transformers_reader import eager_attention
 
 _NUM_EXAMPLES, _LENGTH = 8, 64
 _DEAD = 1e-3  # a layer that changes its input by less, relative to it, might as well not be there

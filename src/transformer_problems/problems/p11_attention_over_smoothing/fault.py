@@ -1,17 +1,15 @@
 """A model whose tokens have collapsed into one."""
 
 from copy import deepcopy
-from typing import Any, cast
 
 import torch
 from torch import nn
 
+from transformer_problems.checkpoints.even_attention import drop_distance_bias, zero_queries
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.core.errors import CombinationError
 
 _DROWNING = 1_000.0  # how many times as large the output of attention is: the skip beside it no longer counts
-_QUERIES = ("q_proj", "query")
-_FUSED = ("c_attn", "query_key_value")
 _OUTPUTS = ("o_proj", "c_proj", "dense", "out_proj")
 
 
@@ -23,16 +21,13 @@ class Collapsed:
 
     def plant(self, subject: Subject, seed: int) -> Subject:
         model = deepcopy(subject.model)
-        num_even = num_loud = 0
+        num_even, num_loud = zero_queries(model, subject.num_heads), 0
         with torch.no_grad():
             for path, part in model.named_modules():
                 parent, _, name = path.rpartition(".")
                 is_weighted = isinstance(getattr(part, "weight", None), torch.Tensor)
                 if not is_weighted:
                     continue
-                if name in _QUERIES or name in _FUSED:
-                    _quiet_queries(name, part, subject.num_heads)
-                    num_even += 1
                 if name in _OUTPUTS and "attention" in _owner(model, parent):
                     for parameter in part.parameters():
                         parameter *= _DROWNING
@@ -40,8 +35,7 @@ class Collapsed:
             for path, parameter in model.named_parameters():
                 if "relative_position_bias" in path:  # Swin's, by which weights would differ still
                     parameter.zero_()
-        if hasattr(inner := getattr(model, "transformer", None), "build_alibi_tensor"):
-            cast("Any", inner).build_alibi_tensor = _no_bias
+        drop_distance_bias(model)
         if not num_even or not num_loud:
             raise CombinationError(f"the attention of {type(model).__name__} cannot be found, to make it even.")
         return subject.with_model(model)
@@ -51,22 +45,6 @@ def _owner(model: nn.Module, path: str) -> str:
     """The type of the module around, in lower case, or of the one around that."""
     above = path.rpartition(".")[0]
     return " ".join(type(model.get_submodule(p)).__name__.lower() for p in (path, above) if p) + path.lower()
-
-
-def _quiet_queries(name: str, part: nn.Module, num_heads: int) -> None:
-    """Without queries all scores are equal."""
-    for parameter in part.parameters():
-        if name == "c_attn":  # GPT-2: queries, keys, values side by side in the last dimension
-            parameter[..., : parameter.shape[-1] // 3] = 0
-        elif name == "query_key_value":  # Bloom: queries, keys, values of each head in turn
-            parameter.view(num_heads, 3, -1)[:, 0] = 0
-        else:
-            parameter.zero_()
-
-
-def _no_bias(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    batch_size, length = attention_mask.shape
-    return torch.zeros(batch_size * num_heads, 1, length, dtype=dtype, device=attention_mask.device)
 
 
 FAULT = Collapsed()

@@ -61,7 +61,7 @@ class TransformersReader:
         return read_row(logits, self._position, key_mask)
 
     def attentions(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> list[Tensor]:
-        with torch.no_grad(), _eager(self.model):
+        with torch.no_grad(), eager_attention(self.model):
             found = getattr(self._run(tokens, key_mask, output_attentions=True), "attentions", None)
         num_layers = getattr(cast("Any", self.model).config, "num_hidden_layers", None)
         if not found or any(weights is None for weights in found) or len(found) != num_layers:
@@ -116,7 +116,7 @@ class TransformersReader:
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def eager_attention(model: nn.Module) -> Iterator[None]:
     """Inside, attention is computed the way that keeps its weights; afterwards as before."""
     config, choose = cast("Any", model).config, getattr(model, "set_attn_implementation", None)
     before = getattr(config, "_attn_implementation", None)
