@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError
@@ -81,6 +80,8 @@ def own_images(path: Path) -> Material:
 
 def machines_images() -> Material:
     """Square pieces of the two photographs that come with scikit-learn, near and far."""
+    from sklearn.datasets import load_sample_images  # 40 MB of memory, which models of text need not pay
+
     rng = np.random.default_rng(0)
     pieces = []
     photographs = [torch.from_numpy(np.array(image)).movedim(-1, 0) for image in load_sample_images().images]
