@@ -27,14 +27,19 @@ def check_same_dtype(name: str, x: Tensor, weight: Tensor, owner: str) -> None:
     Raises:
         ArgumentError: With the remedy.
     """
-    if x.dtype == weight.dtype:
-        return
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or makes_alike(x.device, x.dtype, weight.dtype):
         return
     raise ArgumentError(
         f"{name} must have the dtype of {owner}'s weights, {weight.dtype}; got {x.dtype}. "
         f"Pass {name}.to({weight.dtype}), or convert the model with model.to({x.dtype})."
     )
+
+
+def makes_alike(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether autocast is on for the device and brings these dtypes to one, as it does all but float64."""
+    if torch.float64 in dtypes or not torch.amp.is_autocast_available(device.type):
+        return False
+    return torch.is_autocast_enabled(device.type)
 
 
 def check_on_grid(x: Tensor, layout: str, *, embed_dim: int, num_axes: int) -> None:

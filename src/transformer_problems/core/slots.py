@@ -12,6 +12,8 @@ from typing import Any, Protocol, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.errors import ArgumentError
+
 
 class PositionEncoding(nn.Module):
     """How a model learns where a token stands: three hooks, each doing nothing unless overridden.
@@ -53,11 +55,18 @@ class PositionEncoding(nn.Module):
 class PositionBias:
     """An additive score bias that is computed only for the queries and keys an op asks for.
 
+    The encoding may give it in any floating-point dtype. It counts to the queries' precision at least, and makes
+    nothing wider than they are: of a float64 bias, float32 is what reaches queries in float32 or less, and the output
+    has the queries' dtype.
+
     Args:
         encoding: The position encoding whose `bias` hook is asked.
         q: [..., H, N, D], before rotation.
         q_positions: [N] or [..., N].
         k_positions: [M] or [..., M].
+
+    Raises:
+        ArgumentError: When asked, if the encoding gives no floats, or on another device than the queries.
     """
 
     def __init__(self, encoding: PositionEncoding, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> None:
@@ -84,7 +93,13 @@ class PositionBias:
     def _bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         bias = self.encoding.bias(q, q_positions, k_positions)
         assert bias is not None, "PositionBias wraps an encoding whose `biases` is False"
-        return bias
+        if not bias.is_floating_point() or bias.device != q.device:
+            raise ArgumentError(
+                f"bias must be floats on {q.device}, as the queries; {type(self.encoding).__name__} gives {bias.dtype} "
+                f"on {bias.device}. Convert it, or move the encoding there."
+            )
+        widest = torch.promote_types(q.dtype, torch.float32)
+        return bias.to(widest) if torch.promote_types(bias.dtype, widest) != widest else bias
 
 
 class AttentionOp(Protocol):
@@ -96,12 +111,17 @@ class AttentionOp(Protocol):
         key masks [..., 1, 1, M] only and raise ArgumentError for others.
 
     With `is_causal` the queries are the last N of the M tokens: query i sees keys up to i + M - N.
-    A query that may attend to nothing gets zeros; no queries (N = 0) give an empty output. A k of another D than q, and
-    a v of another M than k, are refused with a ValueError. Optional attributes, read with these defaults:
-    `accepts_bias = True`, `accepts_causal = True`, `num_heads = None` and `head_dim = None`: the H and D that it is
-    built for (None: any), and `lookback = None`: the number of keys before a query's own that it can ever see under
-    `is_causal` (None: all), which lets a cache forget the rest, but for the first `num_sinks = 0` keys of the sequence;
-    `ignores_norms = False`: whether only the directions of queries and keys count.
+    A query that may attend to nothing gets zeros; no queries (N = 0) give an empty output.
+
+    A k of another D than q, a v of another M than k, and a q, k, v or mask on another device than the rest are refused
+    with a ValueError. So are q, k and v of several dtypes, unless they are answered as if all had the widest of these;
+    inside torch.autocast an op may leave them to it.
+
+    Optional attributes, read with these defaults: `accepts_bias = True`, `accepts_causal = True`, `num_heads = None`
+    and `head_dim = None`: the H and D that it is built for (None: any), and `lookback = None`: the number of keys
+    before a query's own that it can ever see under `is_causal` (None: all), which lets a cache forget the rest, but for
+    the first `num_sinks = 0` keys of the sequence; `ignores_norms = False`: whether only the directions of queries and
+    keys count.
     """
 
     def __call__(

@@ -1,12 +1,13 @@
 """The contract of the AttentionOp slot."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from transformer_problems.core.slots import AttentionOp
+from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding
 from transformer_problems.testing.contract import (
     ContractReport,
     NotApplicable,
@@ -48,12 +49,28 @@ def check_attention_op(
         "nothing to attend to": subject.check_empty_rows,
         "no queries": subject.check_no_queries,
         "values for every key": subject.check_misfits,
+        "one dtype and device": subject.check_kinds,
+        "bias of another dtype": subject.check_bias_dtype,
         "grouped heads": subject.check_grouped,
         "gradients": subject.check_gradients,
         "half precision": subject.check_half_precision,
         "device": subject.check_device,
     }
     return run_checks(f"{type(op).__name__} as AttentionOp", checks)
+
+
+class _Distance(PositionEncoding):
+    """A bias of a given dtype, in steps of 1/8 from -2 to 0, which every floating-point dtype holds exactly."""
+
+    attends = biases = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def bias(self, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        distance = (q_positions[..., :, None] - k_positions[..., None, :]).abs()
+        return (distance.clamp(max=16) / -8).to(self.dtype).unsqueeze(-3)
 
 
 class _OpSubject:
@@ -150,13 +167,60 @@ class _OpSubject:
             "keys of another head dimension than queries": (k[..., 1:], v),
         }
         for (what, (keys, values)), is_causal in product(misfits.items(), self.directions):
-            try:
-                self.op(q, keys, values, is_causal=is_causal)
-            except ValueError:
-                continue
-            except Exception as error:
-                raise AssertionError(f"{what} must raise ValueError; raised {type(error).__name__}: {error}") from error
-            raise AssertionError(f"{what} must raise ValueError; an output came back")
+            self._refuses(what, partial(self.op, q, keys, values, is_causal=is_causal))
+
+    def check_kinds(self) -> None:
+        inputs = self.qkv(self.lengths[-1])
+        q, k, v = inputs
+        mask = torch.ones(2, 1, 1, self.lengths[-1], dtype=torch.bool, device="meta")
+        for is_causal in self.directions:
+            for place, name in enumerate("qkv"):
+                x = inputs[place]
+                for what, changed in (("on another device", x.to("meta")), ("of whole numbers", x.long())):
+                    given = [*inputs[:place], changed, *inputs[place + 1 :]]
+                    call = partial(self.op, given[0], given[1], given[2], is_causal=is_causal)
+                    self._refuses(f"{name} {what}", call)
+                other = (*inputs[:place], x.bfloat16(), *inputs[place + 1 :])
+                self._check_mixed(f"{name} of another dtype", other, is_causal)
+            self._refuses("a mask on another device", partial(self.op, q, k, v, mask=mask, is_causal=is_causal))
+
+    def _check_mixed(self, what: str, inputs: tuple[Tensor, ...], is_causal: bool) -> None:
+        """Several dtypes are refused, or answered as if all were of the widest."""
+        q, k, v = inputs
+        try:
+            y = self.op(q, k, v, is_causal=is_causal)
+        except ValueError:
+            return
+        except Exception as error:
+            message = f"{what} must raise ValueError, or be answered; raised {type(error).__name__}: {error}"
+            raise AssertionError(message) from error
+        expected = self.op(q.double(), k.double(), v.double(), is_causal=is_causal)
+        assert_close(y, expected, what, tolerance=2**-4)  # the output may be in bfloat16
+
+    def check_bias_dtype(self) -> None:
+        if not getattr(self.op, "accepts_bias", True):
+            raise NotApplicable("the op takes no bias")
+        inputs = self.qkv(self.lengths[-1])
+        places = torch.arange(self.lengths[-1])
+        tolerances = {torch.float64: _TOLERANCE, torch.float32: 2**-10, torch.bfloat16: 2**-4}
+        for is_causal, dtype, other in product(self.directions, tolerances, tolerances):
+            q, k, v = (x.to(dtype) for x in inputs)
+            y = self.op(q, k, v, bias=PositionBias(_Distance(other), q, places, places), is_causal=is_causal)
+            assert y.dtype == dtype, f"output {y.dtype} for {dtype} queries and a {other} bias"
+            q, k, v = q.double(), k.double(), v.double()
+            bias = PositionBias(_Distance(torch.float64), q, places, places)
+            expected = self.op(q, k, v, bias=bias, is_causal=is_causal)
+            assert_close(y, expected, f"a {other} bias for {dtype} queries", tolerance=tolerances[dtype])
+
+    @staticmethod
+    def _refuses(what: str, call: Callable[[], Tensor]) -> None:
+        try:
+            call()
+        except ValueError:
+            return
+        except Exception as error:
+            raise AssertionError(f"{what} must raise ValueError; raised {type(error).__name__}: {error}") from error
+        raise AssertionError(f"{what} must raise ValueError; an output came back")
 
     def check_grouped(self) -> None:
         if not self.grouped:

@@ -161,3 +161,103 @@ def test_no_keys_give_zeros_and_zero_gradients(name: str) -> None:
     y = OPS[name]()(*inputs)
     assert y.shape == (2, HEADS, 3, DIM) and not y.any()
     assert all(bool((grad == 0).all()) for grad in torch.autograd.grad(y.sum(), inputs))
+
+
+@every_op
+def test_several_dtypes_are_one_clear_error(name: str) -> None:
+    op, (q, k, v) = OPS[name](), (x.detach().float() for x in draw(20, 20))
+    for given in ((q.bfloat16(), k, v), (q, k.bfloat16(), v.bfloat16()), (q, k, v.double()), (q.double(), k, v)):
+        q_dtype, k_dtype, v_dtype = (x.dtype for x in given)
+        message = f"q, k and v must have one dtype; got {q_dtype}, {k_dtype} and {v_dtype}. Convert them, as in k.to"
+        with pytest.raises(ArgumentError, match=re.escape(message)):
+            op(*given)
+
+
+@every_op
+def test_autocast_makes_half_and_single_precision_alike_and_no_double(name: str) -> None:
+    op, (q, k, v) = OPS[name](), (x.detach().float() for x in draw(20, 20))
+    if name == "top_k":
+        op = TopKAttention(20)  # rounding may turn which four keys are the best
+    expected = op(*(x.double() for x in (q, k, v)))
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in ((q, k, v.bfloat16()), (q.bfloat16(), k, v), (q, k.bfloat16(), v.bfloat16())):
+            # bfloat16 keeps 8 bits, and several roundings add up where the largest value is of order one
+            torch.testing.assert_close(op(*given).double(), expected, rtol=0, atol=2**-4)
+        with pytest.raises(ArgumentError, match="q, k and v must have one dtype; got torch.float32, torch.float64 and"):
+            op(q, k.double(), v)
+
+
+@every_op
+def test_several_devices_are_one_clear_error(name: str) -> None:
+    op, (q, k, v) = OPS[name](), draw(20, 20)
+    for given, found in (
+        ((q.to("meta"), k, v), "meta, cpu and cpu"),
+        ((q, k.to("meta"), v), "cpu, meta and cpu"),
+        ((q, k, v.to("meta")), "cpu, cpu and meta"),
+    ):
+        with pytest.raises(
+            ArgumentError, match=f"q, k and v must be on one device; got {found}. Move them, as in k.to"
+        ):
+            op(*given)
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool, device="meta")
+    with pytest.raises(ArgumentError, match=r"mask must be on cpu, as q; got meta. Pass mask.to\(q.device\)"):
+        op(q, k, v, mask=mask)
+
+
+@every_op
+def test_what_is_no_mask_no_bias_or_too_narrow_is_refused(name: str) -> None:
+    op, (q, k, v) = OPS[name](), draw(20, 20)
+    with pytest.raises(ArgumentError, match=r"mask must be bool, .*scores \[2, 4, 20, 20\]; got \[\[True"):
+        op(q, k, v, mask=[[True] * 2])  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"bias must be a PositionBias, .*; got torch.float64 \[4, 20, 20\]"):
+        op(q, k, v, bias=torch.zeros(4, 20, 20, dtype=torch.float64))  # type: ignore[arg-type]
+    narrow = (x.detach().to(torch.float8_e4m3fn) for x in (q, k, v))
+    with pytest.raises(ArgumentError, match="must be of 16 bits a number or more; got torch.float8_e4m3fn. Make them"):
+        op(*narrow)
+
+
+@every_op
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(3, 0), (0, 0), (40, 7), (40, 33)])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_more_queries_than_keys_are_refused_or_the_first_see_nothing(
+    groups: int, num_queries: int, num_keys: int, name: str
+) -> None:
+    op, inputs = OPS[name](), draw(num_queries, num_keys, groups=groups)
+    for is_causal in [False] + [True] * getattr(op, "accepts_causal", True):
+        try:
+            y = op(*inputs, is_causal=is_causal)
+        except ArgumentError as error:
+            assert f"the number of queries must not exceed the number of keys; got {num_queries} and" in str(error)
+            continue
+        assert y.shape == (2, HEADS, num_queries, DIM)
+        hidden = num_queries - num_keys if is_causal or not num_keys else 0
+        assert not y[..., :hidden, :].any() and (y[..., hidden:, :] != 0).all()
+        grads = torch.autograd.grad(y.sum(), inputs)
+        assert not grads[0][..., :hidden, :].any() and all(bool(grad.isfinite().all()) for grad in grads)
+
+
+@every_op
+def test_no_sequences_give_an_empty_output(name: str) -> None:
+    op, inputs = OPS[name](), draw(3, 5, lead=(0,), groups=2)
+    for is_causal in [False] + [True] * getattr(op, "accepts_causal", True):
+        y = op(*inputs, is_causal=is_causal)
+        assert y.shape == (0, HEADS, 3, DIM)
+        assert all(grad.shape == x.shape for grad, x in zip(torch.autograd.grad(y.sum(), inputs), inputs, strict=True))
+
+
+@every_op
+def test_inputs_with_gaps_or_repeats_in_memory_give_what_copies_give(name: str) -> None:
+    op, inputs = OPS[name](), [x.detach() for x in draw(40, 40)]
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "every other": lambda x: torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2],
+        "one sequence and head for all": lambda x: x[:1, :1].expand(2, HEADS, 40, DIM),
+        "one token for all": lambda x: x[..., :1, :].expand(2, HEADS, 40, DIM),
+        "one channel for all": lambda x: x[..., :1].expand(2, HEADS, 40, DIM),
+    }
+    for way in ways.values():
+        given = [way(x) for x in inputs]
+        # float64 sums of forty terms of order one, perhaps in another order
+        torch.testing.assert_close(op(*given), op(*(x.contiguous() for x in given)), atol=1e-12, rtol=0)
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool).expand(2, 1, 1, 40)
+    torch.testing.assert_close(op(*inputs, mask=mask), op(*inputs), atol=1e-12, rtol=0)

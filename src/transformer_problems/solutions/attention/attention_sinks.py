@@ -51,7 +51,7 @@ class AttentionSinks(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         return window_attention(
             q,
             k,

@@ -31,7 +31,7 @@ class DenseAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         k, v = match_heads(q, k), match_heads(q, v)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., H, N, M]
         if bias is not None:

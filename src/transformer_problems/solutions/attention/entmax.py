@@ -48,7 +48,7 @@ class EntmaxAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         k, v = match_heads(q, k), match_heads(q, v)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [..., H, N, M]
         if bias is not None:
@@ -73,6 +73,8 @@ def entmax(scores: Tensor, *, alpha: float = 1.5, allowed: Tensor | None = None)
     """
     _check(alpha)
     scores = scores if scores.dtype == torch.float64 else scores.float()
+    if not scores.shape[-1]:
+        return scores
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     weights: Tensor = _Entmax.apply(scores, alpha)  # type: ignore[no-untyped-call]

@@ -92,7 +92,7 @@ class FlashAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         if self.runs == "triton" or (self._may_race and triton_wins(q, k, v, bias, mask, is_causal)):
             self._tell("triton")
             return by_triton(q, k, v, bias, mask, is_causal)

@@ -62,7 +62,7 @@ class KernelSoftmaxAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         k, v = match_heads(q, k), match_heads(q, v)
         scale = q.shape[-1] ** -0.5
         if bias is not None:

@@ -11,6 +11,7 @@ from transformer_problems.core.slots import AttentionOp, PositionBias
 from transformer_problems.core.wrapped_op import WrappedOp
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.queries import change_queries, check_num_heads
+from transformer_problems.solutions.attention.scores import check_shapes
 
 
 class LearnedTemperature(WrappedOp):
@@ -61,6 +62,7 @@ class LearnedTemperature(WrappedOp):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask, bias)
         q, bias = change_queries(self._divided, q, bias)
         return self.op(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
 

@@ -85,7 +85,7 @@ class Linformer(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         self._check(k, bias, is_causal)
         if mask is not None:
             absent = ~key_mask_of(mask, "Linformer")[..., None, :, None]  # [..., 1, M, 1]

@@ -65,7 +65,7 @@ class LogLengthScale(WrappedOp):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         wide = torch.promote_types(q.dtype, torch.float32)
         scale = self._scale(_visible_keys(q, k, mask, is_causal=is_causal).to(wide), is_causal=is_causal)
         q, bias = change_queries(lambda queries: (queries * scale).to(queries.dtype), q, bias)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles
-from transformer_problems.solutions.attention.scores import check_shapes, match_heads
+from transformer_problems.solutions.attention.scores import check_shapes, has_pairs, match_heads, without_pairs
 
 Inputs = TypeVarTuple("Inputs")
 T = TypeVar("T")
@@ -57,13 +57,12 @@ class MemoryEfficientAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
+        if not has_pairs(q, k):
+            return without_pairs(q, k, v)
         k, v = match_heads(q, k), match_heads(q, v)
-        if k.shape[-2] == 0:
-            return q @ k.mT @ v  # zeros that pass zeros back, which no chunk of keys would
         tiles = _Tiles(bias, mask, is_causal, self.query_chunk, self.key_chunk)
-        rows = list(tiles.of(q, k).rows()) or [slice(0, 0)]  # without queries one empty chunk
-        return torch.cat([_recomputed(_attend, tiles, q, k, v, chunk) for chunk in rows], dim=-2)
+        return torch.cat([_recomputed(_attend, tiles, q, k, v, rows) for rows in tiles.of(q, k).rows()], dim=-2)
 
     def extra_repr(self) -> str:
         return f"query_chunk={self.query_chunk}, key_chunk={self.key_chunk}"

@@ -63,7 +63,7 @@ class PackedAttention(nn.Module):
         lengths = _lengths.get({}).get(self)
         if lengths is None:
             return self.op(q, k, v, bias=bias, mask=mask, is_causal=is_causal)
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         total = int(lengths.sum())
         if q.shape[:-3].numel() != 1 or q.shape[-2] != total or k.shape[-2] != total:
             raise ArgumentError(

@@ -12,7 +12,13 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_same_batch
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import causal_mask, check_shapes, key_mask_of, without_queries
+from transformer_problems.solutions.attention.scores import (
+    causal_mask,
+    check_shapes,
+    has_pairs,
+    key_mask_of,
+    without_pairs,
+)
 
 # A feature e^-40 times its token's largest is below the rounding of float64; two such multiply to e^-80, which
 # float32 can still hold, so that no visible key is ever lost to underflow.
@@ -122,15 +128,15 @@ class Performer(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        self._check(q, k, v, mask, bias)
         if bias is not None:
             raise ArgumentError(
                 "bias must be None for Performer, which never forms scores; "
                 f"got one from {type(bias.encoding).__name__}. Use RotaryEmbedding or an encoding that is added to "
                 "the embeddings."
             )
-        self._check(q, k, v, mask)
-        if q.shape[-2] == 0:
-            return without_queries(q, k, v)
+        if not has_pairs(q, k):
+            return without_pairs(q, k, v)
         key_mask = None if mask is None else key_mask_of(mask, "Performer")[..., None, None, :, None]
         y, _ = self._attend(q, k, v, PerformerState(), key_mask, is_causal=is_causal)
         return y
@@ -141,7 +147,7 @@ class Performer(nn.Module):
 
     def stream(self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState) -> tuple[Tensor, PerformerState]:
         """The next n tokens, q: [B, H, n, D] -> [B, H, n, D], and the state after them."""
-        self._check(q, k, v, None)
+        self._check(q, k, v, None, None)
         if state.sums is not None:
             check_same_batch(q, len(state.sums))
         return self._attend(q, k, v, state, None, is_causal=True)
@@ -217,8 +223,8 @@ class Performer(nn.Module):
         log_scale = largest - x.square().sum(dim=-1, keepdim=True) / 2
         return (logs - largest).clamp(min=_LOG_FLOOR).exp(), log_scale
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_shapes(q, k, v, mask)
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: PositionBias | None) -> None:
+        check_shapes(q, k, v, mask, bias)
         (num_heads, head_dim), num_kv_heads = (q.shape[-3], q.shape[-1]), k.shape[-3]
         require_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         if head_dim != self.head_dim:

@@ -33,7 +33,8 @@ def query_blocks(
     offset = num_keys - num_queries
     for start in range(0, max(1, num_queries), block_size):  # without queries one empty block
         rows = slice(start, min(start + block_size, num_queries))
-        columns = slice(0, rows.stop + offset if is_causal else num_keys)
+        # one key at least, where more queries than keys leave a whole block nothing: it is not allowed either
+        columns = slice(0, min(num_keys, max(1, rows.stop + offset)) if is_causal else num_keys)
         scores = (q[..., rows, :] * q.shape[-1] ** -0.5) @ k[..., columns, :].transpose(-2, -1)
         if bias is not None:
             scores = scores + bias.tile(rows, columns)

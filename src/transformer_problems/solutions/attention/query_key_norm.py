@@ -11,6 +11,7 @@ from transformer_problems.core.slots import AttentionOp, PositionBias
 from transformer_problems.core.wrapped_op import WrappedOp
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.queries import change_queries, check_num_heads
+from transformer_problems.solutions.attention.scores import check_shapes
 
 _SMALLEST_NORM = 1e-6  # below it a vector has no direction to speak of, and its gradient would be divided by nothing
 
@@ -67,6 +68,7 @@ class QueryKeyNorm(WrappedOp):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        check_shapes(q, k, v, mask, bias)
         q, bias = change_queries(self._scaled, q, bias)
         return self.op(q, _unit(k).to(k.dtype), v, bias=bias, mask=mask, is_causal=is_causal)
 

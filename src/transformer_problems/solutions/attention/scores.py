@@ -5,21 +5,24 @@ from torch import Tensor
 
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.inputs import shown
+from transformer_problems.core.inputs import makes_alike, shown
+from transformer_problems.core.slots import PositionBias
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: PositionBias | None) -> None:
     """Refuse what an op would cut to size without a word, or a kernel read past its end.
 
-    Asked for every token in decoding, so it only compares sizes. The values may be wider than the keys.
+    Asked for every token in decoding, so it only compares sizes and kinds. The values may be wider than the keys.
 
     Raises:
-        ArgumentError: If q, k or v has fewer than three dimensions or holds no floats, q and k differ in width or have
-            none, k and v differ in number, or the mask does not fit the scores.
+        ArgumentError: If q, k or v has fewer than three dimensions or holds no floats, they differ in dtype or device,
+            q and k differ in width or have none, k and v differ in number, the mask does not fit the scores, or the
+            bias is none that an op can ask for parts.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point():
             raise ArgumentError(f"{name} must be floats [..., H, N, D]; got {shown(x)}. Give one head as {name}[None].")
+    _check_kinds(q, k, v)
     num_keys, head_dim = k.shape[-2:]
     if head_dim == 0:
         raise ArgumentError(f"q and k must have a last dimension, D, of one at least; got 0, in {list(k.shape)}.")
@@ -39,22 +42,56 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             "Pass k and v of the same tokens."
         )
     if mask is not None:
-        _check_mask(mask, (*q.shape[:-1], num_keys))
-
-
-def _check_mask(mask: Tensor, scores: tuple[int, ...]) -> None:
-    fits = mask.dim() <= len(scores) and all(
-        own in (1, needed) for own, needed in zip(mask.shape[::-1], scores[::-1], strict=False)
-    )
-    if mask.dtype != torch.bool or not fits:
+        _check_mask(mask, (*q.shape[:-1], num_keys), q.device)
+    if bias is not None and not isinstance(bias, PositionBias):
         raise ArgumentError(
-            f"mask must be bool, True may attend, and broadcastable to the scores {list(scores)}; got {mask.dtype} "
-            f"{list(mask.shape)}. Pass a key mask as mask[:, None, None, :]."
+            f"bias must be a PositionBias, which an op asks for the parts it needs; got {shown(bias)}. Write a "
+            "PositionEncoding whose `bias` gives these numbers."
         )
 
 
-def without_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The empty output of N = 0 queries, [..., H, 0, D], which passes zeros back to k and v."""
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """One device, and one dtype that PyTorch computes in, unless autocast brings several to one."""
+    if not q.dtype == k.dtype == v.dtype and not makes_alike(q.device, q.dtype, k.dtype, v.dtype):
+        raise ArgumentError(
+            f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}. Convert them, as in "
+            "k.to(q.dtype), or compute under torch.autocast."
+        )
+    if not q.device == k.device == v.device:
+        raise ArgumentError(
+            f"q, k and v must be on one device; got {q.device}, {k.device} and {v.device}. Move them, as in "
+            "k.to(q.device)."
+        )
+    if q.dtype.itemsize == 1:
+        raise ArgumentError(
+            f"q, k and v must be of 16 bits a number or more; got {q.dtype}. Make them wider first, as in "
+            "q.to(torch.bfloat16)."
+        )
+
+
+def _check_mask(mask: Tensor, scores: tuple[int, ...], device: torch.device) -> None:
+    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    fits = (
+        is_mask
+        and mask.dim() <= len(scores)
+        and all(own in (1, needed) for own, needed in zip(mask.shape[::-1], scores[::-1], strict=False))
+    )
+    if not fits:
+        raise ArgumentError(
+            f"mask must be bool, True may attend, and broadcastable to the scores {list(scores)}; got {shown(mask)}. "
+            "Pass a key mask as mask[:, None, None, :]."
+        )
+    if mask.device != device:
+        raise ArgumentError(f"mask must be on {device}, as q; got {mask.device}. Pass mask.to(q.device).")
+
+
+def has_pairs(q: Tensor, k: Tensor) -> bool:
+    """Whether any query could meet a key: whether there are sequences, heads, queries and keys at all."""
+    return bool(q.numel()) and bool(k.numel())
+
+
+def without_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The output where no query meets a key, zeros [..., H, N, D] or empty, which passes zeros back to q, k and v."""
     return q @ match_heads(q, k).mT @ match_heads(q, v)
 
 

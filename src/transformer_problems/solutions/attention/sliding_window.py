@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformer_problems.core.arguments import require_multiple, require_positive_int
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.slots import PositionBias
-from transformer_problems.solutions.attention.scores import check_shapes, key_mask_of, without_queries
+from transformer_problems.solutions.attention.scores import check_shapes, has_pairs, key_mask_of, without_pairs
 
 # Scores (batch x heads x queries x keys) whose mask or bias is formed at once: 64 MiB in float32.
 _SCORES_AT_ONCE = 2**24
@@ -55,7 +55,7 @@ class SlidingWindow(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         key_mask = None if mask is None else key_mask_of(mask, "SlidingWindow")
         return window_attention(
             q, k, v, self.window_size, dilation=self.dilation, bias=bias, key_mask=key_mask, is_causal=is_causal
@@ -110,8 +110,8 @@ def window_attention(
         raise ArgumentError(
             f"dilation must have one entry for each of {num_heads} heads; got {len(dilations)}. Pass one int for all."
         )
-    if num_queries == 0:
-        return without_queries(q, k, v)
+    if not has_pairs(q, k):
+        return without_pairs(q, k, v)
     lead = q.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     outputs, order = [], []

@@ -12,10 +12,11 @@ from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.scores import (
     check_shapes,
+    has_pairs,
     key_mask_of,
     masked_softmax,
     match_heads,
-    without_queries,
+    without_pairs,
 )
 
 Pattern = Literal["strided", "fixed"]
@@ -82,15 +83,15 @@ class SparseAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         num_queries, num_keys = q.shape[-2], k.shape[-2]
         if num_queries > num_keys:
             raise ArgumentError(
                 f"the number of queries must not exceed the number of keys; got {num_queries} and {num_keys}. "
                 "The pattern stands around the query's own place, so the queries are the last of the keys' tokens."
             )
-        if num_queries == 0:
-            return without_queries(q, k, v)
+        if not has_pairs(q, k):
+            return without_pairs(q, k, v)
         key_mask = None if mask is None else key_mask_of(mask, "SparseAttention")
         scores = _Scores(num_queries, num_keys, is_causal, key_mask, bias)
         k, v = match_heads(q, k), match_heads(q, v)

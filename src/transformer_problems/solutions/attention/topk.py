@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.solutions.attention.query_blocks import query_blocks
-from transformer_problems.solutions.attention.scores import check_shapes, masked_softmax
+from transformer_problems.solutions.attention.scores import check_shapes, has_pairs, masked_softmax, without_pairs
 
 
 class TopKAttention(nn.Module):
@@ -46,7 +46,9 @@ class TopKAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
+        if not has_pairs(q, k):
+            return without_pairs(q, k, v)
         outputs = []
         for scores, allowed in query_blocks(
             q, k, bias=bias, mask=mask, is_causal=is_causal, block_size=self.block_size

@@ -76,7 +76,7 @@ class WatchedAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         watcher, values = self._watcher, match_heads(q, v)
         outputs: list[Tensor] = []
         received: list[Tensor] = []

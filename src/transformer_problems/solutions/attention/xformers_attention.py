@@ -78,7 +78,7 @@ class XFormersAttention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        check_shapes(q, k, v, mask)
+        check_shapes(q, k, v, mask, bias)
         if self.runs == "xformers" and bias is None and mask is None and _takes(q, k, is_causal):
             try:
                 y = _by_xformers(q, match_heads(q, k), match_heads(q, v), is_causal)
