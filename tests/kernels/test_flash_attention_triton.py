@@ -167,9 +167,36 @@ def test_gradients_cannot_be_differentiated_again() -> None:
 @on_device
 def test_a_key_mask_that_does_not_fit_is_refused() -> None:
     q, k, v, _, _ = draw(Case(3, 5, 16, 1, 1), torch.float32)
-    for mask in (torch.ones(2, 3, dtype=torch.bool, device=DEVICE), torch.ones(2, 5, device=DEVICE)):
+    misfits = (torch.ones(2, 3, dtype=torch.bool, device=DEVICE), torch.ones(2, 5, device=DEVICE), [[True] * 5] * 2)
+    for mask in (*misfits, torch.ones(2, 5, dtype=torch.bool, device="meta")):
         with pytest.raises(ArgumentError, match=r"key_mask must be bool, True may attend, \[2, 5\] on"):
             flash_attention_triton(q, k, v, key_mask=mask)
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one sequence for all": lambda x: x[:1].expand_as(x),
+    "one head for all": lambda x: x[:, :1].expand_as(x),
+    "one token for all": lambda x: x[:, :, :1].expand_as(x),
+    "one channel for all": lambda x: x[..., :1].expand_as(x),
+    "backwards": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@on_device
+@pytest.mark.parametrize("way", WAYS)
+def test_repeats_in_memory_give_the_formula_and_its_gradients_in_float32(way: str) -> None:
+    q, k, v, grad, _ = draw(Case(17, 20, 16, 2, 2), torch.float32)
+    key_mask = (torch.arange(20, device=DEVICE) % 3 > 0)[None].expand(2, 20)
+    ours = [x.detach().requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    y = flash_attention_triton(*map(WAYS[way], ours), key_mask=key_mask, is_causal=True)
+    expected = naive(*map(WAYS[way], wide), key_mask, True)
+    grads = torch.autograd.grad(y, ours, grad[:, :1, :1].expand_as(y))
+    exact = torch.autograd.grad(expected, wide, grad[:, :1, :1].double().expand_as(y))
+    for one, other in zip((y, *grads), (expected, *exact), strict=True):
+        # sums of some hundred terms, of repeated inputs over all their repeats
+        bound = 64 * torch.finfo(torch.float32).eps * max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
 
 
 @pytest.mark.slow
@@ -227,6 +254,22 @@ def test_what_the_kernels_cannot_take_is_refused_everywhere(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         flash_attention_triton(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
+
+
+def test_what_are_no_tensors_of_floats_is_refused_everywhere() -> None:
+    q, k, v = torch.zeros(3, 1, 2, 3, 16)
+    for given, message in (
+        ((q.tolist(), k, v), "q must be a floating-point tensor; got an object of type list"),
+        ((q, k.numpy(), v), "k must be a floating-point tensor; got an object of type ndarray"),
+        ((q, k, v.int()), r"v must be floating point; got torch.int32 \[1, 2, 3, 16\]"),
+        ((q, k, v.half()), "the same, for Triton; got torch.float32, torch.float32 and torch.float16. Convert them"),
+        ((q, k.to("meta"), v), "must be on one CUDA device for Triton; got cpu, meta and cpu. Move them"),
+        ((q[..., :0], k[..., :0], v[..., :0]), "head_dim must be from 1 to 128 for Triton; got 0"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            flash_attention_triton(*given)
+    with pytest.raises(ArgumentError, match="is_causal must be True or False; got 'no'"):
+        flash_attention_triton(q, k, v, is_causal="no")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on a CPU")

@@ -154,6 +154,20 @@ def test_strided_inputs_are_answered_as_packed_ones() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_repeats_in_memory_are_answered_as_copies(is_causal: bool) -> None:
+    x, qkv, qkv_bias, out, out_bias = draw(2, 12, 8)
+    repeated = (x[:1].expand(2, 12, 8), qkv, qkv_bias[:1].expand(24), out[:1].expand(8, 8), out_bias[::2].repeat(2))
+    mask = (torch.arange(12) % 3 > 0).expand(2, 12)
+    y = fused_attention(*repeated, num_heads=2, is_causal=is_causal, key_mask=mask, backend="cpp")
+    copies = [t.contiguous() for t in repeated]
+    assert torch.equal(
+        y, fused_attention(*copies, num_heads=2, is_causal=is_causal, key_mask=mask.contiguous(), backend="cpp")
+    )
+    expected = exact(*copies, 2, seen_by(is_causal, 2, 12, mask))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)  # float64 sums of some tens of terms
+
+
 def test_it_is_one_kernel_forward_and_moves_what_goes_in_and_out() -> None:
     given = draw(2, 50, 32, dtype=torch.float32)
     counted = count_kernels(lambda: fused_attention(*given, num_heads=4, is_causal=True, backend="cpp"))
@@ -227,6 +241,16 @@ def test_what_it_cannot_take_is_refused() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             fused_attention(*given, num_heads=2, is_causal=True)
+    elsewhere = torch.ones(2, 6, dtype=torch.bool, device="meta")  # which the kernel would read at no address: no mask
+    for mask, message in (
+        (elsewhere, "key_mask must be on cpu, as its tokens; got meta. Move one of them"),
+        ([[True] * 6] * 2, r"key_mask must be bool \[2, 6\], True for real tokens; got"),
+        (torch.ones(2, 6), r"key_mask must be bool \[2, 6\], True for real tokens; got torch.float32"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            fused_attention(x, *weights, num_heads=2, is_causal=True, key_mask=mask)
+    with pytest.raises(ArgumentError, match="is_causal must be True or False; got 'no'"):
+        fused_attention(x, *weights, num_heads=2, is_causal="no")
     with pytest.raises(ArgumentError, match="num_heads must divide the width of x; got 3 and 8"):
         fused_attention(x, *weights, num_heads=3, is_causal=True)
     with pytest.raises(ArgumentError, match="num_heads must be a positive whole number; got 2.0"):

@@ -164,3 +164,43 @@ def test_inputs_whose_sums_could_overflow_are_refused() -> None:
     weight = torch.zeros(1, 2**16 + 1, dtype=torch.int8)
     with pytest.raises(ArgumentError, match="inputs must be at most 65,536"):
         int8_product(torch.zeros(1, 2**16 + 1), weight, torch.zeros(1, dtype=torch.int32), torch.ones(1), None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_with_gaps_or_repeats_in_memory_give_what_copies_give(backend: str) -> None:
+    x, weight, sums, scales, bias = draw(3, 16, 8)
+    every_other = [torch.stack([t, -t], dim=-1).flatten(-2)[..., ::2] for t in (x, scales, bias)]
+    turned = weight.T.contiguous().T
+    y = int8_product(every_other[0], turned, torch.stack([sums, 0 * sums], 1)[:, 0], *every_other[1:], backend=backend)
+    assert torch.equal(y, int8_product(x, weight, sums, scales, bias, backend=backend))
+    repeated = (
+        x[:1].expand(3, 16),
+        weight[:1].expand(8, 16),
+        sums[:1].expand(8),
+        scales[:1].expand(8),
+        bias[:1].expand(8),
+    )
+    y = int8_product(*repeated, backend=backend)
+    assert torch.equal(y, int8_product(*(t.contiguous() for t in repeated), backend=backend))
+
+
+def test_what_the_kernel_would_read_wrongly_is_refused() -> None:
+    given = dict(zip(("x", "weight", "weight_sums", "scales", "bias"), draw(3, 16, 8), strict=True))
+    for name, value, message in (
+        ("x", given["x"].tolist(), r"x must be float32 \[rows, 16\]; got an object of type list"),
+        ("x", given["x"].double(), r"x must be float32 \[rows, 16\]; got torch.float64 \[3, 16\]"),
+        ("x", given["x"][0], r"x must be float32 \[rows, 16\]; got torch.float32 \[16\]"),
+        ("x", given["x"].to("meta"), "x must be on cpu, as the weight; got meta"),
+        ("weight", given["weight"].float(), r"weight must be int8 \[O, I\]; got torch.float32 \[8, 16\]"),
+        ("weight", given["weight"].numpy(), r"weight must be int8 \[O, I\]; got an object of type ndarray"),
+        ("weight_sums", given["weight_sums"].long(), r"weight_sums must be torch.int32 \[8\], .*; got torch.int64"),
+        ("scales", given["scales"][:7], r"scales must be torch.float32 \[8\], .*; got torch.float32 \[7\]"),
+        ("scales", None, r"scales must be torch.float32 \[8\], .*; got None"),
+        ("scales", given["scales"].to("meta"), "scales must be on cpu, as the weight; got meta"),
+        ("bias", given["bias"].tolist()[:2], r"bias must be torch.float32 \[8\], one for each output; got \["),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            int8_product(**given | {name: value})
+    for x_scale in (0.0, -1.0, float("nan")):
+        with pytest.raises(ArgumentError, match="x_scale must be positive; got"):
+            int8_product(**given, x_scale=x_scale)

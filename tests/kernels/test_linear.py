@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from transformer_problems.core.errors import MissingDependencyError
+from transformer_problems.core.errors import ArgumentError, MissingDependencyError
 from transformer_problems.kernels.linear import Linear, linear
-from transformer_problems.kernels.single_row import row_backend
+from transformer_problems.kernels.single_row import is_row, row_backend
 from transformer_problems.lab.meters.flops import count_flops
 
 
@@ -99,3 +99,29 @@ def test_a_compiled_row_takes_the_matrix_vector_product() -> None:
     x, weight = torch.randn(1, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     compiled = torch.compile(lambda x: linear(x, weight), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x)[0], torch.mv(weight, x[0]))
+
+
+def test_several_rows_of_as_many_numbers_as_the_weight_has_columns_are_no_row() -> None:
+    weight = torch.ones(3, 8, dtype=torch.bfloat16)
+    for x in (torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(8, 1, dtype=torch.bfloat16)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+            linear(x, weight)
+
+
+def test_a_weight_on_another_device_is_read_by_no_kernel() -> None:
+    x, weight = torch.ones(8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16, device="meta")
+    assert not is_row(x, weight) and not is_row(x.to("meta"), torch.ones(3, 8, dtype=torch.bfloat16))
+
+
+def test_what_are_no_floats_of_the_weights_dtype_is_one_clear_error() -> None:
+    layer = Linear(8, 3).bfloat16()
+    with pytest.raises(
+        ArgumentError, match="x must have the dtype of Linear's weights, torch.bfloat16; got torch.float32"
+    ):
+        layer(torch.ones(2, 8))
+    with pytest.raises(ArgumentError, match=r"x must be a floating-point tensor; got \[1.0\]"):
+        layer([1.0])
+    with pytest.raises(ArgumentError, match=r"x must be floating point; got torch.int64 \[2, 8\]"):
+        layer(torch.ones(2, 8, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 8)).dtype == torch.bfloat16

@@ -35,3 +35,9 @@ def test_one_row_takes_the_kernel_and_training_does_not() -> None:
     assert called == ["transformer_problems.row_rms_norm.default"]
     norm(x).sum().backward()
     assert norm.weight.grad is not None
+
+
+def test_several_rows_of_as_many_numbers_as_the_norm_is_wide_are_no_row() -> None:
+    norm = RMSNorm(8, eps=1e-6, dtype=torch.bfloat16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Given normalized_shape"):
+        norm(torch.ones(2, 4, dtype=torch.bfloat16))

@@ -131,6 +131,23 @@ def test_without_a_compiler_pytorch_answers_after_a_warning(monkeypatch: pytest.
         kernel._is_built.cache_clear()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_inputs_with_gaps_or_repeats_in_memory_are_answered_as_packed_ones(backend: str) -> None:
+    packed = draw(2, 5, 6)
+    for scores in (
+        packed.mT.contiguous().mT,
+        torch.stack([packed, -packed], dim=-1).flatten(-2)[..., ::2],
+        packed[:1, :1].expand(2, 5, 6),
+        packed[..., :1].expand(2, 5, 6),
+    ):
+        x, copied = (t.detach().requires_grad_() for t in (scores, scores.contiguous()))
+        results = []
+        for given in (x, copied):
+            y = row_softmax(given, is_causal=True, backend=backend)
+            results.append((y, torch.autograd.grad(y[..., 0].sum(), given)[0]))  # a gradient of stride 0
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_what_it_cannot_take_is_refused() -> None:
     scores = draw(3, 4, dtype=torch.float32)
     assert softmax_backend(scores) == "cpp" and softmax_backend(scores.half()) == "torch"
@@ -138,6 +155,8 @@ def test_what_it_cannot_take_is_refused() -> None:
         (lambda: row_softmax(scores.int()), "scores must be floating point; got torch.int32"),
         (lambda: row_softmax(scores[0]), r"scores must be a float tensor \[..., N, M\]; got torch.float32 \[4\]"),
         (lambda: row_softmax([[1.0]]), r"scores must be a floating-point tensor; got \[\[1.0\]\]"),
+        (lambda: row_softmax(scores.numpy()), "scores must be a floating-point tensor; got an object of type ndarray"),
+        (lambda: row_softmax(scores, is_causal="no"), "is_causal must be True or False; got 'no'"),
         (lambda: row_softmax(scores, scale=0.0), "scale must be positive; got 0.0"),
         (lambda: row_softmax(scores, scale=float("inf")), "scale must be a finite number; got inf"),
         (lambda: row_softmax(scores.half(), backend="cpp"), "'cpp' takes float32 and float64 on cpu; got torch.float1"),

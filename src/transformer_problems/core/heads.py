@@ -22,7 +22,7 @@ def check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
     """Refuse what is no key mask for x [B, N, ...].
 
     Raises:
-        ArgumentError: Unless it is None, or bool [B, N].
+        ArgumentError: Unless it is None, or bool [B, N] on x's device.
     """
     if key_mask is None:
         return
@@ -31,6 +31,8 @@ def check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
             f"key_mask must be bool {list(x.shape[:2])}, True for real tokens; got {shown(key_mask)}. "
             "Compare with the padding token: key_mask = tokens != padding."
         )
+    if key_mask.device != x.device:
+        raise ArgumentError(f"key_mask must be on {x.device}, as its tokens; got {key_mask.device}. Move one of them.")
 
 
 def check_input(x: Tensor, key_mask: Tensor | None = None, *, embed_dim: int) -> None:

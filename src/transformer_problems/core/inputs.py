@@ -36,10 +36,10 @@ def check_same_dtype(name: str, x: Tensor, weight: Tensor, owner: str) -> None:
 
 
 def makes_alike(device: torch.device, *dtypes: torch.dtype) -> bool:
-    """Whether autocast is on for the device and brings these dtypes to one, as it does all but float64."""
-    if torch.float64 in dtypes or not torch.amp.is_autocast_available(device.type):
+    """Whether autocast is on for the device and brings these dtypes to one, as it does all floats but float64."""
+    if torch.float64 in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
         return False
-    return torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_on_grid(x: Tensor, layout: str, *, embed_dim: int, num_axes: int) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from transformer_problems.core.arguments import require_multiple
+from transformer_problems.core.arguments import require_flag, require_multiple
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import ArgumentError, KernelBuildError
+from transformer_problems.core.inputs import check_floating, shown
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD_DIM = 128
@@ -58,6 +59,9 @@ def flash_attention_triton(
         >>> flash_attention_triton(q, k, v, is_causal=True).shape  # doctest: +SKIP
         torch.Size([1, 8, 4096, 64])
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, x)
+    require_flag(is_causal=is_causal)
     reason = triton_refusal(q, k, v)
     if reason is not None:
         raise ArgumentError(reason)
@@ -112,10 +116,12 @@ def _check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
     if key_mask is None:
         return
     expected = (k.shape[0], k.shape[2])
-    if key_mask.dtype != torch.bool or key_mask.shape != expected or key_mask.device != k.device:
+    is_mask = isinstance(key_mask, Tensor) and key_mask.dtype == torch.bool
+    if not is_mask or key_mask.shape != expected or key_mask.device != k.device:
+        where = f" on {key_mask.device}" if isinstance(key_mask, Tensor) else ""
         raise ArgumentError(
-            f"key_mask must be bool, True may attend, {list(expected)} on {k.device}; got {key_mask.dtype} "
-            f"{list(key_mask.shape)} on {key_mask.device}. Convert it."
+            f"key_mask must be bool, True may attend, {list(expected)} on {k.device}; got {shown(key_mask)}{where}. "
+            "Convert it."
         )
 
 

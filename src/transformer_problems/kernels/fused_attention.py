@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
-from transformer_problems.core.arguments import require_positive_int
+from transformer_problems.core.arguments import require_flag, require_positive_int
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.heads import check_input, merge_heads, split_heads
-from transformer_problems.core.inputs import check_floating, shown
+from transformer_problems.core.inputs import check_floating, makes_alike, shown
 from transformer_problems.kernels.compiler import has_kernel, load
 
 FusedBackend = Literal["cpp", "torch"]
@@ -61,7 +61,7 @@ def fused_attention(
         a library for its products and fuses what lies between.
     """
     weights = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "out_weight": out_weight, "out_bias": out_bias}
-    _check(x, weights, key_mask, num_heads)
+    _check(x, weights, key_mask, num_heads, is_causal)
     if _answers(backend, x) == "torch":
         return _plain(x, qkv_weight, qkv_bias, out_weight, out_bias, key_mask, num_heads, is_causal)
     given = (x, *weights.values())
@@ -103,11 +103,14 @@ def _answers(backend: str, x: Tensor) -> str:
     return fused_backend(x) if backend == "auto" else backend
 
 
-def _check(x: Tensor, weights: dict[str, Tensor | None], key_mask: Tensor | None, num_heads: int) -> None:
+def _check(
+    x: Tensor, weights: dict[str, Tensor | None], key_mask: Tensor | None, num_heads: int, is_causal: bool
+) -> None:
     check_floating("x", x)
     width = x.shape[-1] if x.dim() else 0
     check_input(x, key_mask, embed_dim=width)
     require_positive_int(num_heads=num_heads)
+    require_flag(is_causal=is_causal)
     if width % num_heads:
         raise ArgumentError(f"num_heads must divide the width of x; got {num_heads} and {width}.")
     shapes = {"qkv_weight": [3 * width, width], "qkv_bias": [3 * width], "out_weight": [width] * 2, "out_bias": [width]}
@@ -118,7 +121,7 @@ def _check(x: Tensor, weights: dict[str, Tensor | None], key_mask: Tensor | None
             raise ArgumentError(
                 f"{name} must be {shapes[name]} on {x.device}, as x; got {list(weight.shape)} on {weight.device}."
             )
-        if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight is not None and weight.dtype != x.dtype and not makes_alike(x.device, x.dtype, weight.dtype):
             raise ArgumentError(f"{name} must be of x's dtype, {x.dtype}; got {weight.dtype}. Convert one of them.")
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.utils.flop_counter import register_flop_formula
 
+from transformer_problems.core.arguments import require_finite, require_positive
 from transformer_problems.core.errors import (
     ArgumentError,
     KernelBuildError,
     MissingDependencyError,
     UnknownNameError,
 )
+from transformer_problems.core.inputs import shown
 from transformer_problems.kernels.compiler import load
 from transformer_problems.kernels.race import best_times
 
@@ -70,18 +72,42 @@ def int8_product(
 
     Raises:
         UnknownNameError: If there is no such back end here.
-        ArgumentError: If I is so large that sums could overflow.
+        ArgumentError: If tensors are of other shapes, dtypes or devices, `x_scale` is not positive, or I is so large
+            that sums could overflow.
     """
-    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != torch.int8:
-        raise ArgumentError(
-            f"x must be float32 [rows, {weight.shape[1]}] and weight int8; got {x.dtype} {list(x.shape)} and "
-            f"{weight.dtype}."
-        )
-    if x.shape[1] > _LARGEST_INPUT:
-        raise ArgumentError(f"inputs must be at most {_LARGEST_INPUT:,} for exact sums; got {x.shape[1]:,}.")
+    _check(x, weight, weight_sums, scales, bias)
+    if x_scale is not None:
+        require_positive(x_scale=x_scale)
+        require_finite(x_scale=x_scale)
     run = _OPERATOR if torch.compiler.is_compiling() or _len_torch_dispatch_stack() else _product
-    y: Tensor = run(x.contiguous(), weight.contiguous(), weight_sums, scales, bias, x_scale or 0.0, backend)
+    x, weight, weight_sums, scales = (t.contiguous() for t in (x, weight, weight_sums, scales))
+    added = None if bias is None else bias.contiguous()
+    y: Tensor = run(x, weight, weight_sums, scales, added, x_scale or 0.0, backend)
     return y
+
+
+def _check(x: Tensor, weight: Tensor, weight_sums: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or weight.dim() != 2:
+        raise ArgumentError(f"weight must be int8 [O, I]; got {shown(weight)}. Quantize a layer by Int8Linear.")
+    (outputs, inputs), device = weight.shape, weight.device
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != inputs:
+        raise ArgumentError(f"x must be float32 [rows, {inputs}]; got {shown(x)}. Pass x.float(), its rows flattened.")
+    if inputs > _LARGEST_INPUT:
+        raise ArgumentError(f"inputs must be at most {_LARGEST_INPUT:,} for exact sums; got {inputs:,}.")
+    vectors = (
+        ("weight_sums", weight_sums, torch.int32),
+        ("scales", scales, torch.float32),
+        ("bias", bias, torch.float32),
+    )
+    for name, vector, dtype in vectors:
+        if vector is None and name == "bias":
+            continue
+        if not isinstance(vector, Tensor) or vector.dtype != dtype or vector.shape != (outputs,):
+            raise ArgumentError(f"{name} must be {dtype} [{outputs}], one for each output; got {shown(vector)}.")
+        if vector.device != device:
+            raise ArgumentError(f"{name} must be on {device}, as the weight; got {vector.device}. Move it there.")
+    if x.device != device:
+        raise ArgumentError(f"x must be on {device}, as the weight; got {x.device}. Move one of them.")
 
 
 _RACED: dict[tuple[object, ...], dict[Int8Backend, float]] = {}

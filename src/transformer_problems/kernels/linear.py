@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.core.inputs import check_floating, check_same_dtype
 from transformer_problems.kernels.single_row import is_row, row_product, takes_row
 
 
@@ -21,7 +22,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shape:
         x: [..., I]; weight: [O, I]; bias: [O]; output: [..., O].
+
+    Raises:
+        ArgumentError: If x is no tensor of floats, or of another dtype than the weight, outside of autocast.
     """
+    check_floating("x", x)
+    check_same_dtype("x", x, weight, "Linear")
     if takes_row(x, weight):
         y = row_product(weight, x)
     elif is_row(x, weight):

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from transformer_problems.core.arguments import require_finite, require_positive
+from transformer_problems.core.arguments import require_finite, require_flag, require_positive
 from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.inputs import check_floating, shown
 from transformer_problems.kernels.compiler import has_kernel, load
@@ -42,7 +42,8 @@ def row_softmax(
         scores: [..., N, M]; output as scores.
 
     Raises:
-        ArgumentError: If scores are no float matrices, the scale is not positive, or the back end cannot answer.
+        ArgumentError: If scores are no float matrices, the scale is not positive, `is_causal` is no bool, or the back
+            end cannot answer.
         UnknownNameError: If there is no such back end.
 
     Source:
@@ -51,6 +52,7 @@ def row_softmax(
     """
     require_positive(scale=scale)
     require_finite(scale=scale)
+    require_flag(is_causal=is_causal)
     check_floating("scores", scores)
     if scores.dim() < 2:
         raise ArgumentError(

@@ -43,9 +43,9 @@ def is_row(x: Tensor, weight: Tensor) -> bool:
     """Whether x is one row in bfloat16 on a CPU, as the weight is, whose last dimension is x's."""
     return (
         x.dtype is weight.dtype is torch.bfloat16
-        and x.numel() == weight.shape[-1]
-        and x.device.type == "cpu"
         and x.dim() > 0
+        and x.numel() == x.shape[-1] == weight.shape[-1]
+        and x.device.type == weight.device.type == "cpu"
     )
 
 

@@ -204,10 +204,35 @@ def test_auto_takes_the_compiled_path_on_the_cpu() -> None:
     assert selective_scan_backend(torch.zeros(1, device="meta")) == "torch"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_with_gaps_or_repeats_in_memory_give_what_copies_give(backend: Backend) -> None:
+    inputs = {name: t.detach() for name, t in draw(7).items()}
+    ways = (
+        {name: t.mT.contiguous().mT if t.dim() > 1 else t for name, t in inputs.items()},
+        {name: torch.stack([t, -t], dim=-1).flatten(-2)[..., ::2] for name, t in inputs.items()},
+        {name: t[:1].expand_as(t) for name, t in inputs.items()},
+        {name: t[..., :1].expand_as(t) for name, t in inputs.items()},
+    )
+    for way in ways:
+        copied = {name: t.contiguous() for name, t in way.items()}
+        for one, other in zip(*(selective_scan(**x, backend=backend) for x in (way, copied)), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_misfits_are_named() -> None:
     inputs = draw(3)
     with pytest.raises(ArgumentError, match=r"B must be \[2, 3, 3\] for u \[2, 3, 5\] and 3 states; got \[2, 2, 3\]"):
         selective_scan(**inputs | {"B": inputs["B"][:, :2]})
+    for name, wrong, message in (
+        ("u", inputs["u"].tolist(), "u must be a floating-point tensor; got an object of type list"),
+        ("u", inputs["u"].long(), r"u must be floating point; got torch.int64 \[2, 3, 5\]"),
+        ("delta", inputs["delta"].detach().numpy(), "delta must be a floating-point tensor; got an object of type nda"),
+        ("B", inputs["B"].to(torch.complex64), r"B must be floating point; got torch.complex64 \[2, 3, 3\]"),
+        ("A", inputs["A"].to("meta"), "A must be on cpu, as u; got meta. Move one of them"),
+        ("initial_state", [1.0], r"initial_state must be a floating-point tensor; got \[1.0\]"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            selective_scan(**inputs | {name: wrong})
     with pytest.raises(ArgumentError, match=r"u must be \[B, N, C\]"):
         selective_scan(**inputs | {"u": inputs["u"][0]})
     with pytest.raises(ArgumentError, match="backend must be 'auto', 'torch' or 'cpp'; got 'cuda'"):

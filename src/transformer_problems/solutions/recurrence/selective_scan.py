@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.core.inputs import check_floating
 from transformer_problems.kernels.compiler import has_kernel
 from transformer_problems.kernels.selective_scan import (
     build_selective_scan,
@@ -94,20 +95,27 @@ def _has_cpp() -> bool:
 def _check_shapes(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> None:
+    check_floating("u", u)
+    check_floating("A", A)
     if u.dim() != 3 or A.dim() != 2:
         raise ArgumentError(f"u must be [B, N, C] and A [C, S]; got {list(u.shape)} and {list(A.shape)}.")
     batch_size, num_tokens, width = u.shape
     states = A.shape[1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "delta": (delta, (batch_size, num_tokens, width)),
         "A": (A, (width, states)),
+        "delta": (delta, (batch_size, num_tokens, width)),
         "B": (B, (batch_size, num_tokens, states)),
         "C": (C, (batch_size, num_tokens, states)),
         "D": (D, (width,)),
         "initial_state": (initial_state, (batch_size, width, states)),
     }
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        check_floating(name, tensor)
+        if tensor.device != u.device:
+            raise ArgumentError(f"{name} must be on {u.device}, as u; got {tensor.device}. Move one of them.")
+        if tensor.shape != shape:
             raise ArgumentError(
                 f"{name} must be {list(shape)} for u {list(u.shape)} and {states} states; got {list(tensor.shape)}."
             )
