@@ -12,6 +12,7 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_built_for, check_makes_layers, check_mixer_fit, check_skips_fit
 from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.inputs import shown
 from transformer_problems.core.slots import LongSkips, PositionEncoding, TokenMixer, token_positions
 from transformer_problems.models.block import ResidualFactory, TransformerBlock
 from transformer_problems.solutions.normalization.pre_norm import PreNorm
@@ -234,10 +235,10 @@ def check_tokens(tokens: Tensor, key_mask: Tensor | None = None) -> None:
     Raises:
         ArgumentError: Unless tokens are whole numbers [B, N], and the mask None or bool [B, N].
     """
-    if tokens.dim() != 2 or tokens.is_floating_point():
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(
-            f"tokens must be whole numbers [B, N]; got {tokens.dtype} {list(tokens.shape)}. "
-            "Give one sequence as tokens[None]."
+            f"tokens must be whole numbers [B, N]; got {shown(tokens)}. Give one sequence as tokens[None], others as "
+            "tokens.long()."
         )
     check_key_mask(key_mask, tokens)
 

@@ -96,9 +96,10 @@ def test_other_models_of_transformers_are_refused(name: str) -> None:
 
 
 def test_models_of_other_forms_are_refused() -> None:
-    for tokens, got in ((TOKENS[:, :0], r"torch.int64 \[2, 0\]"), ([[1, 2]], r"\[\[1, 2\]\]")):
-        with pytest.raises(ArgumentError, match=rf"tokens must be whole numbers \[B, N\], one at least; got {got}"):
-            logit_lens(make_model("decoder"), tokens)
+    with pytest.raises(
+        ArgumentError, match=r"key_mask must be bool \[2, 9\], True for real tokens; got torch.bool \[9\]"
+    ):
+        logit_lens(make_model("decoder"), TOKENS, key_mask=MASK[0])
     with pytest.raises(CombinationError, match="told apart; Linear has not. Use a Decoder, Encoder or LlamaDecoder"):
         logit_lens(nn.Linear(3, 3), TOKENS)
     shared = make_model("decoder")

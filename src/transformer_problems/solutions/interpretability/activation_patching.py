@@ -13,6 +13,7 @@ from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.inputs import shown
 from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.answers import answer
+from transformer_problems.solutions.interpretability.readable import check_model_input
 from transformer_problems.solutions.interpretability.sites import Place, Site, find_places, record
 
 
@@ -67,8 +68,8 @@ def activation_patching(
 
     Raises:
         UnknownNameError: If a path or pattern matches nothing.
-        ArgumentError: If the inputs differ in shape, a position or head is out of range, the metric is no finite
-            number, or it is the same for both inputs.
+        ArgumentError: If the inputs differ in shape, a token is not in the vocabulary of a model that `readable` can
+            read, a position or head is out of range, the metric is no finite number, or it is the same for both inputs.
         CombinationError: If a module is not called exactly once in a pass, or gives no [B, N, C].
 
     Source:
@@ -93,6 +94,8 @@ def activation_patching(
             f"clean and corrupted must be tensors of one shape, [B, N]; got {shown(clean)} and {shown(corrupted)}. "
             "Change tokens in their place."
         )
+    check_model_input("clean", clean, model)
+    check_model_input("corrupted", corrupted, model)
     if not callable(metric):
         raise ArgumentError(
             f"metric must be a function of the model's output; got {shown(metric)}. Write one that gives a number."

@@ -11,6 +11,7 @@ from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.answers import call
+from transformer_problems.solutions.interpretability.readable import check_model_input
 from transformer_problems.solutions.interpretability.sites import find_places, record
 
 
@@ -40,7 +41,8 @@ def collect_activations(
 
     Raises:
         UnknownNameError: If a pattern matches no module.
-        ArgumentError: If there are no sequences, or the key mask does not fit them.
+        ArgumentError: If there are no sequences, the key mask does not fit them, or a token is not in the vocabulary
+            of a model that `readable` can read.
         CombinationError: If a layer is not called exactly once in a pass, does not give [B, N, C], or the model takes
             no key mask.
 
@@ -59,6 +61,7 @@ def collect_activations(
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or not len(tokens):
         got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ArgumentError(f"tokens must be a tensor of one sequence or more, [S, N]; got {got}.")
+    check_model_input("tokens", tokens, model)
     check_key_mask(key_mask, tokens)
     places = find_places(model, layers)
     found: dict[str, Tensor] = {}

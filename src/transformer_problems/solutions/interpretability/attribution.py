@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.inputs import shown
-from transformer_problems.solutions.interpretability.model_reading import slope_of
+from transformer_problems.solutions.interpretability.model_reading import check_tokens, slope_of
 from transformer_problems.solutions.interpretability.readable import Readable, readable
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -150,17 +150,7 @@ def check_sequences(model: Readable, tokens: Tensor, key_mask: Tensor | None) ->
     Raises:
         ArgumentError: If there are such, or tokens or mask have another form.
     """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        form = shown(tokens) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ArgumentError(f"tokens must be whole numbers [B, N]; got {form}. Give one sequence as tokens[None].")
-    if tokens.numel() == 0:
-        raise ArgumentError(f"tokens must hold a token at least; got {list(tokens.shape)}. Leave empty inputs out.")
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= model.vocab_size:
-        raise ArgumentError(
-            f"tokens must be from 0 to {model.vocab_size - 1}; got {lowest if lowest < 0 else highest}. Use the "
-            "tokenizer that belongs to the model."
-        )
+    check_tokens("tokens", tokens, model.vocab_size)
     check_key_mask(key_mask, tokens)
     if key_mask is not None and not bool(key_mask.any(dim=1).all()):
         row = int((~key_mask.any(dim=1)).nonzero()[0, 0])

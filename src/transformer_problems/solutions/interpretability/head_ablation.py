@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.inputs import shown
 from transformer_problems.core.modes import evaluating
+from transformer_problems.solutions.interpretability.readable import check_model_input
 from transformer_problems.solutions.interpretability.sites import Site, find_places, record
 
 
@@ -31,7 +32,7 @@ def ablate_heads(model: nn.Module, heads: Sequence[Site], *, mean_over: Tensor |
     Raises:
         UnknownNameError: If a path or pattern matches no attention layer.
         ArgumentError: If there are no heads, one is out of range, a site has none, or there is nothing to take a mean
-            over.
+            over, or a token that is not in the vocabulary of a model that `readable` can read.
         CombinationError: If the model has no such attention layers, or for a mean one is not called exactly once.
 
     Source:
@@ -61,6 +62,7 @@ def ablate_heads(model: nn.Module, heads: Sequence[Site], *, mean_over: Tensor |
             raise ArgumentError(
                 f"mean_over must be a tensor of one sequence or more; got {shown(mean_over)}. Leave it out for zero."
             )
+        check_model_input("mean_over", mean_over, model)
         with torch.no_grad(), evaluating(model):
             fixed = [x.flatten(0, -2).mean(dim=0) for x in record(places, lambda: model(mean_over))]
     with ExitStack() as hooks:

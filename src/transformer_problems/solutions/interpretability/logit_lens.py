@@ -7,11 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.inputs import shown
+from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.modes import evaluating
 from transformer_problems.kernels.linear import linear
 from transformer_problems.solutions.interpretability.answers import answer, call
+from transformer_problems.solutions.interpretability.readable import check_model_input
 from transformer_problems.solutions.interpretability.sites import Place, Site, record
 
 
@@ -33,7 +34,7 @@ def logit_lens(model: nn.Module, tokens: Tensor, *, key_mask: Tensor | None = No
         tokens: [B, N] int; key_mask: [B, N] bool; output: [L, B, N, V], of an Encoder [L, B, N, num_outputs].
 
     Raises:
-        ArgumentError: If tokens are no [B, N], or there are none.
+        ArgumentError: If tokens are no [B, N] of the model's vocabulary, there are none, or the key mask does not fit.
         CombinationError: If the model is of another form, a layer is used more than once, or the model's own logits
             are not what its final norm and output layer read from its last layer.
 
@@ -50,11 +51,8 @@ def logit_lens(model: nn.Module, tokens: Tensor, *, key_mask: Tensor | None = No
         (torch.Size([3, 2, 12, 100]), True)
     """
     parts = _parts(model)
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.numel():
-        raise ArgumentError(
-            f"tokens must be whole numbers [B, N], one at least; got {shown(tokens)}. Give one sequence as "
-            "tokens[None]."
-        )
+    check_model_input("tokens", tokens, model)
+    check_key_mask(key_mask, tokens)
     places = [Place(Site(f"layer {number}"), block) for number, block in enumerate(parts.blocks)]
     outputs: list[Tensor] = []
     with evaluating(model):

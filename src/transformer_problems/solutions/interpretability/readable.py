@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
+from transformer_problems.solutions.interpretability.model_reading import check_tokens
 from transformer_problems.solutions.interpretability.stack_reader import StackReader, is_stack
 from transformer_problems.solutions.interpretability.transformers_reader import TransformersReader, is_pretrained
 
@@ -82,3 +83,13 @@ def readable(model: nn.Module | Readable, *, read_at: int | None = None) -> Read
         f"classification, causal or masked language modelling, or have the methods of Readable; got "
         f"{type(model).__name__}. Wrap it in a class with these methods."
     )
+
+
+def check_model_input(name: str, inputs: Tensor, model: object) -> None:
+    """Refuse inputs that a model which `readable` can read has no embeddings for; others are known to the model alone.
+
+    Raises:
+        ArgumentError: If they are no tokens [B, N] of its vocabulary, one at least.
+    """
+    if isinstance(model, nn.Module) and (is_stack(model) or is_pretrained(model)):
+        check_tokens(name, inputs, readable(model).vocab_size)
