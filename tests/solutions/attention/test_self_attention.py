@@ -1,5 +1,7 @@
 """SelfAttention: the layer against the formula and PyTorch's, its streaming, and the combinations it refuses."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +170,31 @@ def test_bfloat16() -> None:
     assert half.dtype == torch.bfloat16
     # a bfloat16 step is 2^-8; three matmuls, weights and outputs below one each add half a step of their size
     torch.testing.assert_close(half.double(), expected, atol=2**-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_autocast_streams_through_every_cache(bits: Literal[8, 4] | None) -> None:
+    torch.manual_seed(0)
+    rounded = None if bits is None else lambda n: QuantizedKVCache.empty(n, bits=bits, group_size=4, num_recent=4)
+    layer, x = SelfAttention(32, 4, position=RotaryEmbedding(8), cache=rounded), torch.randn(2, 20, 32)
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            state, parts = layer.initial_state(2), []
+            for token in x.split(1, dim=1):
+                y, state = layer.stream(token, state)
+                parts.append(y)
+    # bfloat16 rounds to 2^-8, codes to half of a fifteenth of a head's range at worst; outputs are of order one
+    torch.testing.assert_close(torch.cat(parts, dim=1).float(), expected, rtol=0, atol=2**-5)
+
+
+def test_inputs_of_another_dtype_than_the_weights_are_one_clear_error() -> None:
+    layer, x = SelfAttention(32, 4), torch.randn(2, 5, 32)
+    message = "x must have the dtype of Linear's weights, torch.float32; got torch.bfloat16. Pass x.to"
+    with pytest.raises(ArgumentError, match=message):
+        layer(x.bfloat16())
+    with pytest.raises(ArgumentError, match=message):
+        layer.stream(x.bfloat16(), layer.initial_state(2))
 
 
 def test_wrong_combinations_are_refused() -> None:

@@ -15,6 +15,7 @@ from transformer_problems.solutions.interpretability.last_attention import LastA
 from transformer_problems.solutions.interpretability.random_scores import RandomScores
 from transformer_problems.solutions.interpretability.rollout import AttentionRollout
 from transformer_problems.solutions.interpretability.smooth_grad import SmoothGrad
+from transformer_problems.solutions.training.drop_head import DropHead
 
 METHODS = [
     LastAttention(),
@@ -25,6 +26,7 @@ METHODS = [
     SmoothGrad(samples=2),
     RandomScores(),
 ]
+LABEL = torch.zeros(1, dtype=torch.long)
 TOKENS = torch.tensor([[3, 1, 4, 1], [2, 7, 1, 8]])
 
 
@@ -89,6 +91,36 @@ def test_an_answer_that_is_no_number_is_refused(method: Explainer) -> None:
         method.explain(model, TOKENS)
 
 
+@every_method
+def test_dropout_frozen_weights_and_training_change_nothing(method: Explainer) -> None:
+    torch.manual_seed(0)
+    model = Encoder(
+        10, 16, 2, lambda: SelfAttention(16, 2, op=DropHead(rate=0.5), is_causal=False), num_outputs=3
+    ).eval()
+    expected = method.explain(model, TOKENS).scores
+    for found in (
+        method.explain(model.train(), TOKENS).scores,
+        method.explain(model.requires_grad_(False), TOKENS).scores,
+    ):
+        assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert torch.equal(method.explain(model, TOKENS).scores, expected)
+    assert model.training and all(part.training for part in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_give_scores_in_single(dtype: torch.dtype, method: Explainer) -> None:
+    model = encoder().to(dtype)
+    found = method.explain(model, TOKENS)
+    expected = method.explain(model.float(), TOKENS, target=found.target)  # noise is drawn in single precision alike
+    assert found.scores.dtype == torch.float32
+    # some tens of roundings between a token and its score
+    bound = 32 * torch.finfo(dtype).eps * float(expected.scores.abs().max())
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=bound)
+
+
 def test_a_gradient_that_is_no_number_is_refused() -> None:
     model = encoder()
     model.body.blocks[0].register_forward_hook(lambda *inputs: (inputs[-1] * 0).abs().sqrt())  # slope 1/0
@@ -99,12 +131,14 @@ def test_a_gradient_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize(
     ("scores", "target", "message"),
     [
-        (torch.ones(3), torch.zeros(1), r"scores must be floats \[B, N\]; got torch.float32 \[3\]"),
-        (torch.ones(1, 3, dtype=torch.long), torch.zeros(1), r"scores must be floats \[B, N\]; got torch.int64"),
-        (torch.ones(2, 3), torch.zeros(1), r"target must have one entry for each of 2 .*; got .* \[1\]"),
-        ([[1.0, 2.0]], torch.zeros(1), r"scores must be floats \[B, N\]; got \[\[1.0, 2.0\]\]"),
-        (torch.ones(1, 3), 0, "target must have one entry for each of 1 sequences; got 0"),
-        (torch.tensor([[1.0, torch.inf]]), torch.zeros(1), "scores must be finite; mine gave NaN or infinity"),
+        (torch.ones(3), LABEL, r"scores must be floats \[B, N\]; got torch.float32 \[3\]"),
+        (torch.ones(1, 3, dtype=torch.long), LABEL, r"scores must be floats \[B, N\]; got torch.int64"),
+        (torch.ones(2, 3), LABEL, r"target must have one entry, a whole number, for each of 2 .*; got .* \[1\]"),
+        ([[1.0, 2.0]], LABEL, r"scores must be floats \[B, N\]; got \[\[1.0, 2.0\]\]"),
+        (torch.ones(1, 3), 0, "target must have one entry, a whole number, for each of 1 sequences; got 0"),
+        (torch.ones(1, 3), torch.zeros(1), "target must have one entry, a whole number, .*; got torch.float32"),
+        (torch.ones(1, 3), torch.ones(1) > 0, "target must have one entry, a whole number, .*; got torch.bool"),
+        (torch.tensor([[1.0, torch.inf]]), LABEL, "scores must be finite; mine gave NaN or infinity"),
     ],
 )
 def test_an_attribution_of_another_form_is_refused(scores: Tensor, target: Tensor, message: str) -> None:

@@ -203,6 +203,9 @@ def test_bare_scores_and_targets_that_the_model_has_not_are_refused() -> None:
     of_another = Attribution(torch.rand(2, 10), "", torch.tensor([1, 2]), "of another model")
     with pytest.raises(ArgumentError, match=r"one of the 2 answers of this model; its targets are \[1, 2\]"):
         faithfulness(Counting(1), one_in(10), of_another)
+    elsewhere = Attribution(torch.rand(2, 10), "", torch.tensor([1, 0], device="meta"), "of a model elsewhere")
+    with pytest.raises(ArgumentError, match="attribution must be on cpu, as the tokens; got cpu and, .* target, meta"):
+        faithfulness(Counting(1), one_in(10), elsewhere)
 
 
 def test_an_answer_that_is_no_number_without_some_tokens_is_refused() -> None:

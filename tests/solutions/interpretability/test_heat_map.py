@@ -9,7 +9,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from transformer_problems.clinic.ward import byte_tokenizer
 from transformer_problems.core.errors import ArgumentError, OutputError
+from transformer_problems.solutions.interpretability.gradient_x_input import GradientXInput
 from transformer_problems.solutions.interpretability.heat_map import heat_map_html, heat_map_png
 
 HOSTILE = [
@@ -133,6 +135,14 @@ def test_pictures_take_any_text_and_no_title(tmp_path: Path) -> None:
         ([], [], r"texts must be a sequence of one text a token; got \[\]"),
         ("ab", [1.0, 2.0], "texts must be a sequence of one text a token; got 'ab'"),
         (["a", 5], [1.0, 2.0], r"texts must be a sequence of one text a token; got \['a', 5\]"),
+        (5, [1.0], "texts must be a sequence of one text a token; got 5"),
+        (None, [1.0], "got None. Give a list, such as tokenizer.convert_ids_to_tokens"),
+        (
+            torch.tensor([5, 7]),
+            [1.0, 2.0],
+            r"got torch.int64 \[2\]. Give a list, such as tokenizer.convert_ids_to_tokens",
+        ),
+        (np.array(["a", "b"]), [1.0, 2.0], "texts must be a sequence of one text a token; got array"),
         (["a", "b"], ["x", "y"], r"scores must be numbers; got \['x', 'y'\]"),
         (["a", "b"], None, "scores must be numbers; got None"),
         (["a", "b"], torch.ones(2) * 1j, "scores must be real numbers; got torch.complex64"),
@@ -167,3 +177,48 @@ def test_line_ends_and_control_characters_are_drawn_and_written(tmp_path: Path) 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="path must be writable; got .*missing"):
         heat_map_png(["a"], [1.0], tmp_path / "missing" / "x.png")
+
+
+class Characters:
+    """A tokenizer in Python alone, which knows no places in the text."""
+
+    is_fast = False
+
+    def __call__(self, text: str, *, return_offsets_mapping: bool = False) -> dict[str, list[int]]:
+        if return_offsets_mapping:
+            raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers.")
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["\N{LOWER ONE EIGHTH BLOCK}" if number == ord(" ") else chr(number) for number in ids]
+
+
+def test_a_tokenizer_without_offsets_gives_the_texts_of_its_tokens(tmp_path: Path) -> None:
+    tokenizer = Characters()
+    ids = tokenizer("not bad")["input_ids"]
+    texts = tokenizer.convert_ids_to_tokens(ids)
+    assert Spans(heat_map_html(texts, torch.arange(7.0))).texts == list("not\N{LOWER ONE EIGHTH BLOCK}bad")
+    heat_map_png(texts, torch.arange(7.0), tmp_path / "x.png")
+    assert imread(tmp_path / "x.png").size
+
+
+@pytest.mark.peer
+def test_tokenizers_of_transformers_with_offsets_and_without_reach_from_text_to_page(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    text = "not b\N{LATIN SMALL LETTER A WITH DIAERESIS}d"
+    for tokenizer in (transformers.ByT5Tokenizer(), byte_tokenizer()):
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(vocab_size=len(tokenizer), num_labels=3, **sizes)
+        )
+        asked = tokenizer(text, return_tensors="pt", return_offsets_mapping=tokenizer.is_fast)
+        ids, mask = asked["input_ids"], asked["attention_mask"].bool()
+        found = GradientXInput().explain(model, ids, key_mask=mask)
+        texts = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        page = heat_map_html(texts, found.scores[0], meaning=found.meaning)
+        assert len(Spans(page).texts) == len(texts) == ids.shape[1] and Spans(page).texts[0] == "n"
+        heat_map_png(texts, found.scores[0], tmp_path / "x.png", meaning=found.meaning)
+        assert imread(tmp_path / "x.png").size
+        if tokenizer.is_fast:
+            spans = [text[start:end] for start, end in asked["offset_mapping"][0].tolist()]
+            assert Spans(heat_map_html(spans, found.scores[0])).texts == spans and spans[:5] == list("not b")

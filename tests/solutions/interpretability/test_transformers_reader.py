@@ -134,6 +134,12 @@ def test_a_model_without_a_head_and_one_of_two_sides_are_refused() -> None:
         readable(t5)
 
 
+def test_a_classifier_in_inference_mode_is_told_what_to_use() -> None:
+    name, config, sizes, _ = CLASSIFIERS[0]
+    with torch.inference_mode(), pytest.raises(CombinationError, match=r"torch.inference_mode\(\). Use torch.no_grad"):
+        AttentionRollout().explain(made(name, config, sizes), TOKENS)
+
+
 RECURRENT = [
     ("MambaForCausalLM", "MambaConfig", {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
     (

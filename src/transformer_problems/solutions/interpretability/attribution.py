@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.inputs import shown
-from transformer_problems.solutions.interpretability.model_reading import check_tokens, slope_of
+from transformer_problems.solutions.interpretability.model_reading import check_gradients, check_tokens, slope_of
 from transformer_problems.solutions.interpretability.readable import Readable, readable
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -28,7 +28,7 @@ class Attribution:
             promises no sum.
 
     Raises:
-        ArgumentError: If the scores are no finite numbers [B, N], or the target is not [B].
+        ArgumentError: If the scores are no finite numbers [B, N], or the target is no whole numbers [B].
     """
 
     scores: Tensor
@@ -43,10 +43,10 @@ class Attribution:
             raise ArgumentError(
                 f"scores must be floats [B, N]; got {shown(scores)}. Give one sequence's as scores[None]."
             )
-        if not isinstance(target, Tensor) or target.shape != scores.shape[:1]:
+        if not isinstance(target, Tensor) or target.shape != scores.shape[:1] or target.dtype not in _WHOLE:
             raise ArgumentError(
-                f"target must have one entry for each of {len(scores)} sequences; got {shown(target)}. Repeat it for "
-                "each."
+                f"target must have one entry, a whole number, for each of {len(scores)} sequences; got "
+                f"{shown(target)}. Repeat it for each."
             )
         if not bool(scores.isfinite().all()):
             raise ArgumentError(
@@ -105,10 +105,7 @@ class Case:
         Raises:
             CombinationError: If the model passes none to its embeddings, or none are kept here.
         """
-        if torch.is_inference_mode_enabled() or self.tokens.is_inference():
-            raise CombinationError(
-                "gradients cannot be taken of what belongs to torch.inference_mode(). Use torch.no_grad() instead."
-            )
+        check_gradients(self.tokens)
         with torch.enable_grad():
             embeddings = embeddings.detach().requires_grad_()
             slope = slope_of(self.target_logits(embeddings).sum(), embeddings)

@@ -187,3 +187,8 @@ def _check_attribution(attribution: Attribution, tokens: Tensor) -> None:
             f"attribution must have a score for each token, {list(tokens.shape)}; got "
             f"{list(attribution.scores.shape)}. Explain the same tokens."
         )
+    if not attribution.scores.device == attribution.target.device == tokens.device:
+        raise ArgumentError(
+            f"attribution must be on {tokens.device}, as the tokens; got {attribution.scores.device} and, of its "
+            f"target, {attribution.target.device}. Explain the model where it is."
+        )

@@ -47,6 +47,11 @@ def heat_map_html(
     strongest colour, zero none. Nothing is loaded from elsewhere, it follows the reader's light or dark theme, and
     pointing at a token shows its score.
 
+    Any tokenizer will do: `tokenizer.convert_ids_to_tokens(ids)` gives its own strings of tokens, which bring the marks
+    of their spacing ("Ġnot", "▁not", "##ing") and are shown so. Places in the text are not needed; a tokenizer that
+    gives them, as fast ones of transformers do by `return_offsets_mapping=True`, can show the text itself, as
+    `[text[start:end] for start, end in offsets]`.
+
     Args:
         texts: One a token, shown as they are; control characters but tabs and line ends as the replacement character.
         scores: One a token, [N].
@@ -89,7 +94,7 @@ def heat_map_png(
     are drawn as empty boxes, with matplotlib's warning.
 
     Args:
-        texts: One a token.
+        texts: One a token, from any tokenizer, as for `heat_map_html`.
         scores: One a token, [N].
         path: Of the PNG file.
         title: Above the tokens.
@@ -131,8 +136,12 @@ def _checked(texts: Sequence[str], scores: Tensor | Sequence[float], title: str,
     if values.is_complex():
         raise ArgumentError(f"scores must be real numbers; got {shown(scores)}. Take their real part.")
     values = values.double()
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ArgumentError(f"texts must be a sequence of one text a token; got {texts!r}. Give a list.")
+    listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not listed or not texts or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(
+            f"texts must be a sequence of one text a token; got {shown(texts)}. Give a list, such as "
+            "tokenizer.convert_ids_to_tokens(ids), which needs no offsets."
+        )
     if values.shape != (len(texts),):
         raise ArgumentError(
             f"scores must be one for each of {len(texts)} texts; got {list(values.shape)}. Give one sequence's, "

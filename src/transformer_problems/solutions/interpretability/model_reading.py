@@ -73,6 +73,18 @@ def embedded(embedding: nn.Module, tokens: Tensor) -> Tensor:
     return x
 
 
+def check_gradients(tokens: Tensor) -> None:
+    """Refuse to take gradients where none are kept.
+
+    Raises:
+        CombinationError: Inside torch.inference_mode(), or of tokens made there.
+    """
+    if torch.is_inference_mode_enabled() or tokens.is_inference():
+        raise CombinationError(
+            "gradients cannot be taken of what belongs to torch.inference_mode(). Use torch.no_grad() instead."
+        )
+
+
 def slope_of(value: Tensor, inputs: Tensor) -> Tensor | None:
     """The gradient of a number with respect to inputs; None where it does not depend on them."""
     return torch.autograd.grad(value, inputs, allow_unused=True)[0] if value.requires_grad else None

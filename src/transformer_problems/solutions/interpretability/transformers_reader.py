@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.modes import evaluating
 from transformer_problems.solutions.interpretability.model_reading import (
+    check_gradients,
     embedded,
     embedding_gives,
     read_row,
@@ -72,6 +73,7 @@ class TransformersReader:
         return list(found)
 
     def reading(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        check_gradients(tokens)
         with torch.enable_grad():
             embeddings = self.embed(tokens).requires_grad_()
             with embedding_gives(self.embedding, tokens, embeddings):
