@@ -208,6 +208,11 @@ def test_wrong_inputs_of_a_mixer_are_one_clear_error(name: str) -> None:
     for wrong in (torch.ones(2, 37), torch.ones(37) > 0, torch.ones(1, 37) > 0):
         with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 37\], True for real tokens; got torch\."):
             mixer(x, key_mask=wrong)
+    for dtype, call in product((torch.float64, torch.bfloat16), calls.values()):
+        with pytest.raises(ArgumentError, match=rf"must .*dtype.*; got {dtype}|x's dtype, {dtype}; got torch.float32"):
+            call(x.to(dtype))
+    with pytest.raises(ArgumentError, match="key_mask must be on cpu, as its tokens; got meta"):
+        mixer(x, key_mask=torch.ones(2, 37, dtype=torch.bool, device="meta"))
     with pytest.raises(ArgumentError, match=r"key_mask must be bool \[2, 0\], True for real tokens; got torch\."):
         mixer(x[:, :0], key_mask=torch.ones(2, 37) > 0)
 

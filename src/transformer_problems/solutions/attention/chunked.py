@@ -14,6 +14,7 @@ from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, check_input, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionBias, PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -87,10 +88,10 @@ class ChunkedAttention(nn.Module):
         self.embed_dim = embed_dim
         self.num_heads, self.chunk_size, self.left_chunks = num_heads, chunk_size, left_chunks
         self.dynamic_chunk_sizes = dynamic_chunk_sizes
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     @property
     def max_delay(self) -> int:

@@ -11,6 +11,7 @@ from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start, check_streams
 from transformer_problems.core.heads import check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.attention.sliding_window import SlidingWindow
@@ -176,10 +177,10 @@ class RetroactiveAttention(nn.Module):
                 "Use RotaryEmbedding."
             )
         self.embed_dim, self.num_heads, self.window_len, self.position = embed_dim, num_heads, window_len, position
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Full bidirectional attention over x, whatever its length: what `step` gives if x is the window."""

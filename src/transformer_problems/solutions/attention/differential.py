@@ -9,6 +9,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 
@@ -68,13 +69,13 @@ class DifferentialAttention(nn.Module):
         check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=is_causal)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer_index - 1))
         kv_dim = num_kv_heads * 2 * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, kv_dim, bias=bias, device=device, dtype=dtype)
         self.lambda_q = nn.Parameter(torch.randn(2, self.head_dim, device=device, dtype=dtype) * 0.1)
         self.lambda_k = nn.Parameter(torch.randn(2, self.head_dim, device=device, dtype=dtype) * 0.1)
         self.head_norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)

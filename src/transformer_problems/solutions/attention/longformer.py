@@ -11,6 +11,7 @@ from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_attention_fit, check_start
 from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 from transformer_problems.solutions.attention.kv_cache import KVCache
 from transformer_problems.solutions.attention.sliding_window import lookback_of, window_attention
@@ -75,8 +76,8 @@ class LongformerAttention(nn.Module):
         self.num_heads, self.window_size, self.dilation = num_heads, window_size, dilation
         self.global_tokens, self.position, self.is_causal = tuple(sorted(global_tokens)), position, is_causal
 
-        def projection() -> nn.Linear:
-            return nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        def projection() -> Linear:
+            return Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
         self.q_proj, self.k_proj, self.v_proj = projection(), projection(), projection()
         self.global_q_proj, self.global_k_proj, self.global_v_proj = projection(), projection(), projection()

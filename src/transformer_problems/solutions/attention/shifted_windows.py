@@ -14,6 +14,7 @@ from transformer_problems.core.arguments import (
 )
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.inputs import check_on_grid
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.grid_windows import GridWindows
 
 
@@ -74,8 +75,8 @@ class ShiftedWindowAttention(nn.Module):
         require_flag(shifted=shifted)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.window_size, self.shifted = tuple(window_size), shifted
-        self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.qkv_proj = Linear(embed_dim, 3 * embed_dim, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         num_offsets = prod(2 * size - 1 for size in window_size)
         self.bias_table = nn.Parameter(torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.bias_table, std=0.02)

@@ -7,6 +7,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.heads import merge_heads, split_heads
 from transformer_problems.core.inputs import check_on_grid
+from transformer_problems.kernels.linear import Linear
 
 
 class SpatialReductionAttention(nn.Module):
@@ -60,9 +61,9 @@ class SpatialReductionAttention(nn.Module):
         require_one_coarsening(reduction, pooled_size)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.reduction, self.pooled_size = reduction, pooled_size
-        self.q_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
-        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.kv_proj = Linear(embed_dim, 2 * embed_dim, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         self.reduce: nn.Conv2d | None = None
         self.norm: nn.LayerNorm | None = None
         if reduction > 1 or pooled_size is not None:

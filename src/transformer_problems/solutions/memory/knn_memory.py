@@ -10,6 +10,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
 from transformer_problems.core.heads import bias_of, check_input, mask_of_keys, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 
 Pairs = tuple[Tensor, Tensor]
@@ -105,10 +106,10 @@ class KNNMemoryAttention(nn.Module):
         check_attention_fit(self.op, position, num_heads=num_heads, head_dim=self.head_dim, is_causal=True)
         self.segment_len, self.memory_len, self.num_neighbors = segment_len, memory_len, num_neighbors
         self.gradient_segment = segment_len
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         # scores of random directions then spread as those of plain attention do at its start
         self.temperature = nn.Parameter(torch.full((num_heads,), self.head_dim**0.5, device=device, dtype=dtype))
         self.gate = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))

@@ -11,6 +11,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input, merge_heads, split_heads
+from transformer_problems.kernels.linear import Linear
 
 # Forms of `delta_rule` that give the same numbers: one step after another, or whole chunks by matrix products.
 Form = Literal["chunked", "recurrent"]
@@ -90,16 +91,16 @@ class DeltaRule(nn.Module):
         self.embed_dim = embed_dim
         self.num_heads, self.chunk_size, self.gated, self.conv_size = num_heads, chunk_size, gated, conv_size
         head_dim = embed_dim // num_heads
-        self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=False, device=device, dtype=dtype)
+        self.qkv_proj = Linear(embed_dim, 3 * embed_dim, bias=False, device=device, dtype=dtype)
         self.conv = nn.Conv1d(
             3 * embed_dim, 3 * embed_dim, conv_size, groups=3 * embed_dim, bias=False, device=device, dtype=dtype
         )
-        self.beta_proj = nn.Linear(embed_dim, num_heads, device=device, dtype=dtype)
-        self.gate_proj = nn.Linear(embed_dim, num_heads, device=device, dtype=dtype) if gated else None
+        self.beta_proj = Linear(embed_dim, num_heads, device=device, dtype=dtype)
+        self.gate_proj = Linear(embed_dim, num_heads, device=device, dtype=dtype) if gated else None
         if self.gate_proj is not None:
             nn.init.constant_(self.gate_proj.bias, _GATE_BIAS)
         self.norm = nn.RMSNorm(head_dim, eps=1e-5, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.recurrence.selective_scan import Backend, selective_scan
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-3, 1e-1  # of the untrained layer, section 3.6 of the paper
@@ -95,13 +96,13 @@ class Mamba(nn.Module):
         inner_dim = expansion * embed_dim
         self.embed_dim = embed_dim
         self.state_dim, self.conv_width, self.dt_rank, self.backend = state_dim, conv_width, dt_rank, backend
-        self.in_proj = nn.Linear(embed_dim, 2 * inner_dim, bias=False, device=device, dtype=dtype)
+        self.in_proj = Linear(embed_dim, 2 * inner_dim, bias=False, device=device, dtype=dtype)
         self.conv1d = nn.Conv1d(inner_dim, inner_dim, conv_width, groups=inner_dim, device=device, dtype=dtype)
-        self.x_proj = nn.Linear(inner_dim, dt_rank + 2 * state_dim, bias=False, device=device, dtype=dtype)
-        self.dt_proj = nn.Linear(dt_rank, inner_dim, device=device, dtype=dtype)
+        self.x_proj = Linear(inner_dim, dt_rank + 2 * state_dim, bias=False, device=device, dtype=dtype)
+        self.dt_proj = Linear(dt_rank, inner_dim, device=device, dtype=dtype)
         self.A_log = nn.Parameter(torch.empty(inner_dim, state_dim, device=device, dtype=dtype))
         self.D = nn.Parameter(torch.empty(inner_dim, device=device, dtype=dtype))
-        self.out_proj = nn.Linear(inner_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.out_proj = Linear(inner_dim, embed_dim, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,6 +10,7 @@ from transformer_problems.core.arguments import require_multiple, require_not_ne
 from transformer_problems.core.fit import check_attention_fit, check_same_batch, check_start
 from transformer_problems.core.heads import bias_of, check_input, merge_heads, rotate, split_heads
 from transformer_problems.core.slots import AttentionOp, PositionEncoding, token_positions
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 
 
@@ -89,10 +90,10 @@ class TransformerXL(nn.Module):
         self.embed_dim = embed_dim
         self.num_heads, self.segment_len, self.memory_len = num_heads, segment_len, memory_len
         self.gradient_segment = segment_len
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)

@@ -8,6 +8,7 @@ from transformer_problems.core.arguments import require_multiple, require_positi
 from transformer_problems.core.fit import check_built_for
 from transformer_problems.core.heads import check_input, mask_of_keys, merge_heads, split_heads
 from transformer_problems.core.slots import AttentionOp, NormFactory
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.attention.dense import DenseAttention
 
 
@@ -91,8 +92,8 @@ class BottleneckBlock(nn.Module):
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.op: AttentionOp = DenseAttention() if op is None else op
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, device=device, dtype=dtype)
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, device=device, dtype=dtype)
 
         self.narrow = linear(embed_dim, bottleneck_dim)
         self.narrow_norm = norm(bottleneck_dim, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_flag, require_positive_int
 from transformer_problems.core.fit import check_mixer_fit
 from transformer_problems.core.heads import check_input
+from transformer_problems.core.inputs import check_same_dtype
 from transformer_problems.core.slots import StreamingMixer, TokenMixer
 from transformer_problems.solutions.tokens.convolution_module import (
     ConvolutionModule,
@@ -121,5 +122,6 @@ class _HalfStep(nn.Module):
         self.down = nn.Linear(expansion * embed_dim, embed_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_same_dtype("x", x, self.norm.weight, "ConformerBlock")
         step: Tensor = self.down(F.silu(self.up(self.norm(x))))
         return x + 0.5 * step

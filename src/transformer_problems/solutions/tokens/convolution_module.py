@@ -12,6 +12,7 @@ from transformer_problems.core.errors import ArgumentError, UnknownNameError
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input
 from transformer_problems.core.slots import State
+from transformer_problems.kernels.linear import Linear
 
 ConvolutionNorm = Literal["batch", "layer"]
 
@@ -124,13 +125,13 @@ class ConvolutionModule(nn.Module):
         if norm not in get_args(ConvolutionNorm):
             raise UnknownNameError("norm of the convolution", norm, get_args(ConvolutionNorm))
         self.embed_dim, self.kernel_size, self.is_causal = embed_dim, kernel_size, is_causal
-        self.pointwise_in = nn.Linear(embed_dim, 2 * embed_dim, bias=False, device=device, dtype=dtype)
+        self.pointwise_in = Linear(embed_dim, 2 * embed_dim, bias=False, device=device, dtype=dtype)
         self.depthwise = nn.Conv1d(
             embed_dim, embed_dim, kernel_size, groups=embed_dim, bias=False, device=device, dtype=dtype
         )
         make_norm = nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
         self.norm: nn.Module = make_norm(embed_dim, device=device, dtype=dtype)
-        self.pointwise_out = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.pointwise_out = Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)

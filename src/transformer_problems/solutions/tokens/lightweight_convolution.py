@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformer_problems.core.arguments import require_multiple
 from transformer_problems.core.fit import check_same_batch, check_start
 from transformer_problems.core.heads import check_input
+from transformer_problems.kernels.linear import Linear
 from transformer_problems.solutions.tokens.convolution_module import ConvolutionState, check_kernel_size
 
 
@@ -57,10 +58,10 @@ class LightweightConvolution(nn.Module):
         require_multiple("embed_dim", embed_dim, "num_heads", num_heads)
         check_kernel_size(kernel_size)
         self.embed_dim, self.kernel_size, self.is_causal = embed_dim, kernel_size, is_causal
-        self.in_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=False, device=device, dtype=dtype)
+        self.in_proj = Linear(embed_dim, 2 * embed_dim, bias=False, device=device, dtype=dtype)
         self.place_scores = nn.Parameter(torch.empty(num_heads, kernel_size, device=device, dtype=dtype))
         nn.init.xavier_uniform_(self.place_scores)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.out_proj = Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         check_input(x, key_mask, embed_dim=self.embed_dim)
