@@ -96,7 +96,28 @@ def test_weights_that_are_missing(folder: Path) -> None:
 
 def test_weights_of_another_shape(folder: Path) -> None:
     change_config(folder, intermediate_size=8)
-    assert "cannot be loaded" in refusal(folder)
+    told = refusal(folder)
+    assert "mlp.down_proj.weight of shape" in told
+    assert "asks for [" in told
+
+
+def test_a_config_of_fewer_layers_than_the_weights(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1)
+    told = refusal(folder)
+    assert "more layers than its config.json names" in told
+    assert "layers.1." in told
+
+
+def test_left_over_weights_that_are_no_layer_are_let_go(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    further = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "score.weight": torch.ones(2, 4)}
+    save_file({**load_file(file), **further}, file, metadata={"format": "pt"})
+    assert load_subject(folder).kind == "causal"
+
+
+def test_why_a_config_is_refused_is_told(folder: Path) -> None:
+    change_config(folder, hidden_size="wide")
+    assert "expected int" in refusal(folder)
 
 
 def test_weights_that_are_not_finite(folder: Path) -> None:
@@ -177,6 +198,7 @@ def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     assert "is a file" in refusal(file)
+    assert "it is empty" in refusal("")
     for name in ("./no/such/folder", "/no/such", "a b", "a/b/c"):
         assert "there is no" in refusal(name)
 

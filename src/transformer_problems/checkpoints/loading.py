@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import CheckpointError
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NUMBERED = re.compile(r"(?:^|\.)(\w+)\.(\d+)(?=\.)")  # "layers", "5" of model.layers.5.mlp.weight
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SUPPORTED = (
     "Supported are causal language models (such as Llama, GPT-2, Qwen), encoders (such as BERT, RoBERTa, ALBERT) and "
     "image models of the ViT and Swin families"
 )
+_MOST_WORDS = 40  # of what from_pretrained tells: its first line alone often says only that there is an error
 _IMAGE_MODELS = ("vit", "deit", "swin", "swinv2", "dinov2")
 
 
@@ -81,6 +83,8 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
 
 
 def _folder(model: str) -> Path:
+    if not model.strip():
+        raise CheckpointError("MODEL must be a folder or an id; it is empty. Name one, or . for the present folder.")
     if (path := Path(model).expanduser()).exists():
         if not path.is_dir():
             raise CheckpointError(f"MODEL must be a folder with a config.json, or an id; {path} is a file.")
@@ -198,19 +202,46 @@ def _load_model(transformers: Any, name: str, folder: Path, files: list[Path]) -
             weights_only=True,
             output_loading_info=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, with the sizes
         )
     except Exception as error:  # from_pretrained raises whatever a damaged config or file leads to
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{folder} cannot be loaded as {name}: {first}") from error
+        reason = " ".join(str(error).split()[:_MOST_WORDS]) or type(error).__name__
+        raise CheckpointError(f"{folder} cannot be loaded as {name}: {reason}") from error
+    if told["mismatched_keys"]:
+        key, stored, wanted = min(told["mismatched_keys"])
+        raise CheckpointError(
+            f"{folder} holds {key} of shape {list(stored)}, where its config.json asks for {list(wanted)}. Download "
+            "both again."
+        )
     missing = [key for key in told["missing_keys"] if "pooler" not in key]
     if missing:
         raise CheckpointError(
             f"{folder} lacks weights that {name} needs ({', '.join(sorted(missing)[:3])}). Download it again."
         )
+    if left_over := _first_of_a_further_layer(loaded, told["unexpected_keys"]):
+        raise CheckpointError(
+            f"{folder} holds weights of more layers than its config.json names ({left_over}), which would be left out. "
+            "Download both again."
+        )
     if bad := next((key for key, part in loaded.named_parameters() if not bool(part.isfinite().all())), None):
         raise CheckpointError(f"{folder} holds weights that are not finite ({bad}). Take an earlier checkpoint.")
     model: nn.Module = loaded
     return model
+
+
+def _first_of_a_further_layer(model: nn.Module, left_over: Collection[str]) -> str | None:
+    """A weight beyond the end of a list of layers; a head, or old buffers of a layer, are left out rightly."""
+    ends: dict[str, int] = {}
+    for path, part in model.named_modules():
+        if isinstance(part, nn.ModuleList):
+            name = path.rpartition(".")[2]
+            ends[name] = max(len(part), ends.get(name, 0))
+    beyond = (
+        key
+        for key in left_over
+        if any(name in ends and int(number) >= ends[name] for name, number in _NUMBERED.findall(key))
+    )
+    return min(beyond, default=None)
 
 
 def _load_reader(transformers: Any, kind: Kind, source: Path, folder: Path) -> Any:
