@@ -22,7 +22,7 @@ from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject
 from transformer_problems.cli.tables import named_problem
 from transformer_problems.clinic.diagnose import begin, examine, finished, material_for
-from transformer_problems.clinic.diagnosis import Description, Diagnosis, failing
+from transformer_problems.clinic.diagnosis import Diagnosis, failing
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.findings import SEVERITIES, Finding, Severity
 from transformer_problems.lab.device import DeviceChoice, resolve_device
@@ -76,7 +76,7 @@ def diagnose_model(request: DiagnosisRequest) -> None:
     )
     visit = Visit(subject, material_for(subject, request.data), request.seed)
     found, started = begin(visit), perf_counter()
-    _print_head(console, found.model, visit)
+    _print_head(console, found, visit)
     try:
         for finding in _with_progress(visit, problems, request.budget_s):
             found = found.with_finding(finding, perf_counter() - started)
@@ -137,14 +137,17 @@ def _with_progress(visit: Visit, problems: Sequence[Problem], budget_s: float | 
         yield from examine(replace(visit, progress=go_on), problems, budget_s=budget_s, on_start=begin_one)
 
 
-def _print_head(console: Console, model: Description, visit: Visit) -> None:
+def _print_head(console: Console, found: Diagnosis, visit: Visit) -> None:
+    model = found.model
     facts = [model.architecture, f"{format_amount(model.num_parameters)} parameters", model.dtype]
     if model.trained_len is not None:
         facts.append(f"{model.trained_len:,} positions")
     device = visit.subject.device
-    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    where = f"{device.type}, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
     console.print(Text.assemble((model.name, "bold"), f"  {', '.join(facts)}  ", (where, "dim")))
     console.print(Text(f"examined on {visit.material.source}", style="dim"))
+    if found.caution is not None:
+        console.print(Text(f"caution: {found.caution}", style="yellow"))
 
 
 def _print_finding(console: Console, finding: Finding) -> None:

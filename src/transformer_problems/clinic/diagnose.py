@@ -14,6 +14,7 @@ from transformer_problems import __version__
 from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.catalogue.checkups import CheckupEntry, load_checkups
 from transformer_problems.checkpoints.checkup import Visit
+from transformer_problems.checkpoints.foreign import caution_about
 from transformer_problems.checkpoints.loading import load_subject, subject_of
 from transformer_problems.checkpoints.material import (
     Material,
@@ -117,7 +118,16 @@ def begin(visit: Visit) -> Diagnosis:
         trained_len=subject.trained_len,
         hard_limit=subject.hard_limit,
     )
-    return Diagnosis(description, visit.material.source, visit.seed, describe_environment(subject.device, __version__))
+    environment = describe_environment(subject.device, __version__)
+    return Diagnosis(description, visit.material.source, visit.seed, environment, caution=_caution(visit))
+
+
+def _caution(visit: Visit) -> str | None:
+    try:
+        return caution_about(visit)
+    except Exception:  # a model or material that cannot be read is told by each check-up that reads it
+        _LOG.debug("whether the material is foreign could not be told", exc_info=True)
+        return None
 
 
 def finished(found: Diagnosis) -> Diagnosis:

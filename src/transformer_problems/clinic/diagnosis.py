@@ -37,6 +37,7 @@ class Diagnosis:
         material: Where the texts or images come from.
         findings: In order of their problems.
         complete: Whether every check-up that was asked for has ended.
+        caution: Why findings may say little about the model, where the material is foreign to it.
     """
 
     model: Description
@@ -46,6 +47,7 @@ class Diagnosis:
     findings: tuple[Finding, ...] = ()
     seconds: float = 0.0
     complete: bool = False
+    caution: str | None = None
 
     def count(self, severity: Severity) -> int:
         """How many findings are of a severity."""
