@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 
 from transformer_problems.checkpoints.bundled import bundled
+from transformer_problems.cli import main
 from transformer_problems.cli.diagnose import DiagnosisRequest, diagnose_model
 from transformer_problems.clinic import diagnose as clinic
 from transformer_problems.core.findings import Finding
@@ -43,6 +44,8 @@ def test_a_check_up_tells_and_writes_what_it_found(tmp_path: Path) -> None:
         (["--data", "/no/such/file"], "--data must be an existing"),
         (["--json", "/no/such/folder/d.json"], "cannot write"),
         (["--html", "/"], "cannot write"),
+        (["--json", "same", "--html", "./same"], "--json and --html must name two files"),
+        ([""], "MODEL must be a folder or an id; it is empty"),
         (["--fail-on", "ok"], "--fail-on"),
     ],
 )
@@ -139,3 +142,18 @@ def test_a_check_up_that_fails_is_told_and_the_others_go_on(tmp_path: Path, monk
         diagnose_model(request(tmp_path))
     found = json.loads((tmp_path / "d.json").read_text())
     assert [f["meaning"] for f in found["findings"]] == ["the check-up failed with RuntimeError: size mismatch"] * 3
+
+
+def test_a_check_up_stopped_while_it_loads_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformer_problems.cli.diagnose.load_subject", stop)
+    monkeypatch.setattr("signal.signal", lambda *given: None)  # ours would stay for the tests that follow
+    monkeypatch.setattr("sys.argv", ["transformer-problems", "diagnose"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped"

@@ -45,7 +45,9 @@ def main() -> None:
             "Free some space, or use a place that you may write to."
         )
     if code == _INTERRUPTED:  # raised, or returned by versions of Typer that catch it
-        print("\nstopped; every finished cell is kept, and the same command goes on from here", file=sys.stderr)
+        goes_on = "measure" in sys.argv[1:2]  # only cells are kept from one run to the next
+        kept = "; every finished cell is kept, and the same command goes on from here" if goes_on else ""
+        print(f"\nstopped{kept}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -68,6 +68,9 @@ def diagnose_model(request: DiagnosisRequest) -> None:
     problems = _chosen(request.only)
     for file in (request.json_file, request.html_file):
         _require_writable(file)
+    named = [file.resolve() for file in (request.json_file, request.html_file) if file is not None]
+    if len(set(named)) < len(named):
+        raise ArgumentError(f"--json and --html must name two files; got {request.json_file} twice. Rename one.")
     subject = load_subject(
         bundled("base") if request.model is None else request.model,
         device=resolve_device(request.device),
