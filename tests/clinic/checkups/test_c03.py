@@ -1,5 +1,7 @@
 """A model that sees only what is near is found out, and by as much as its window allows; a healthy one is not."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from transformer_problems.catalogue.checkups import load_checkups
 from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.material import Material
 from transformer_problems.checkpoints.subject import Subject
-from transformer_problems.core.findings import Examination
+from transformer_problems.core.findings import Examination, NotApplicable
 from transformer_problems.problems.p03_fixed_context_window.checkup import CHECKUP
 from transformer_problems.problems.p03_fixed_context_window.fault import FAULT, with_window
 
@@ -73,3 +75,17 @@ def test_the_model_is_left_as_it_was(causal: Subject, texts: Material) -> None:
 
 def _num_hooks(subject: Subject) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in subject.model.modules())
+
+
+def test_the_distance_told_is_one_that_was_tried(causal: Subject, texts: Material) -> None:
+    found = _examined(causal, texts)  # of 128 tokens the last is read, and 8 blocks of 15 before it are changed
+    assert "a change 120 tokens away is felt (of 120 tried)" in found.meaning
+    assert found.figures["tested_tokens"] == 120
+
+
+def test_a_window_too_short_to_be_divided_is_no_finding(causal: Subject, texts: Material) -> None:
+    short = Subject("short", "causal", copy.deepcopy(causal.model), causal.tokenizer)
+    short.config.max_position_embeddings = 8
+    found = CHECKUP.examine(Visit(short, texts))
+    assert isinstance(found, NotApplicable)
+    assert "8 tokens are too few" in found.reason

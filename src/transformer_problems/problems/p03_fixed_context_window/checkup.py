@@ -34,6 +34,9 @@ class ReachCheckup:
             return NotApplicable("neither its config nor its tokenizer says how many tokens it reads")
         length = min(window, _MOST_TOKENS)
         block = (length - 1) // _NUM_BLOCKS
+        if block == 0:
+            return NotApplicable(f"its {window:,} tokens are too few to change some of them at {_NUM_BLOCKS} distances")
+        tried = _NUM_BLOCKS * block  # the token that is read, and a rest, stay as they are
         effects = _effects(visit, length, block)
         if not bool((effects[:, 0] > 0).all()):
             return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
@@ -44,10 +47,10 @@ class ReachCheckup:
         gain = _gain_of_doubling(visit, length) if visit.subject.kind == "causal" else None
         return Examination(
             {"reach_share": reach} | ({"unread_share": lengths.unread} if lengths else {}),
-            _meaning(visit.subject, reach, length, lengths),
+            _meaning(visit.subject, reach, tried, lengths),
             _remedies(visit.subject, window, reach.value, lengths, gain),
             _curve(shares.mean(dim=0).tolist(), block),
-            {"window_tokens": window, "tested_tokens": length}
+            {"window_tokens": window, "tested_tokens": tried}
             | ({"longest_text_tokens": lengths.longest} if lengths else {})
             | ({"gain_of_doubling_nats": gain} if gain is not None else {}),
         )
@@ -93,8 +96,8 @@ def _gain_of_doubling(visit: Visit, length: int) -> float:
     return (loss(length // 4) - loss(length)) / 2
 
 
-def _meaning(subject: Subject, reach: Interval, length: int, lengths: Lengths | None) -> str:
-    seen = f"a change {reach.value * length:.0f} tokens away is felt (of {length} tried)"
+def _meaning(subject: Subject, reach: Interval, tried: int, lengths: Lengths | None) -> str:
+    seen = f"a change {reach.value * tried:.0f} tokens away is felt (of {tried} tried)"
     window = f"its {subject.trained_len:,} tokens"
     if lengths:
         return f"{lengths.unread.value:.0%} of the texts stands beyond {window}; {seen}"

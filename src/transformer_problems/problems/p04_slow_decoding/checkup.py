@@ -74,7 +74,7 @@ class DecodingCheckup:
         }
         meaning = (
             f"it writes {1 / own_s:,.0f} tokens/s at {history} tokens, a word in {words * own_s * 1e3:,.0f} ms, "
-            + ("beside its cache" if arithmetic < 1.5 else f"with {arithmetic:,.0f}x the arithmetic of a cached step")
+            + ("reusing its cache" if arithmetic < 1.5 else f"with {arithmetic:,.0f}x the arithmetic of a cached step")
         )
         return Examination(
             {"decoding_arithmetic": exactly(arithmetic), "seconds_per_word": per_word},
