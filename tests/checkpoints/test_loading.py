@@ -214,5 +214,7 @@ def test_a_model_in_memory() -> None:
     assert (again.name, again.kind) == ("mine", "causal")
     with pytest.raises(CheckpointError, match="tokenizer must be given"):
         subject_of(subject.model)
+    with pytest.raises(CheckpointError, match=r"tokenizer must be one of transformers; got str"):
+        subject_of(subject.model, "draft")
     with pytest.raises(CheckpointError, match="model of transformers"):
         subject_of(torch.nn.Linear(2, 2))

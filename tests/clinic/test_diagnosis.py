@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -81,3 +82,20 @@ def test_what_cannot_be_examined_is_refused() -> None:
         diagnose(bundled("draft"), only=[19])
     with pytest.raises(CheckpointError, match="model of transformers"):
         diagnose(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"only": ["02"]}, "1 to 18; got '02'"),
+        ({"only": 2}, "list of numbers of problems, such as .*; got 2"),
+        ({"only": "02"}, "list of numbers of problems, such as .*; got '02'"),
+        ({"only": []}, r"list of numbers of problems, such as .*; got \[\]"),
+        ({"budget_s": -1}, "zero or more; got -1"),
+        ({"budget_s": "10"}, "zero or more; got '10'"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda; got 'tpu'"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_anything_is_read(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ArgumentError, match=told):
+        diagnose("/no/such/folder", **wrong)

@@ -79,6 +79,10 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
         kind, _ = _kind(transformers, settings, type(model).__name__)
     if kind != "image" and tokenizer is None:
         raise CheckpointError(f"tokenizer must be given for {type(model).__name__}, which reads text.")
+    if kind != "image" and not callable(tokenizer):
+        raise CheckpointError(
+            f"tokenizer must be one of transformers; got {type(tokenizer).__name__}. Load it with AutoTokenizer."
+        )
     return Subject(name or type(model).__name__, kind, model, tokenizer)
 
 

@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def diagnose(
 
     Raises:
         CheckpointError: If the model cannot be examined.
-        ArgumentError: If there is no such problem, or the data cannot be read.
+        ArgumentError: If there is no such problem, device or budget, or the data cannot be read.
 
     Example:
         >>> from transformer_problems import bundled, diagnose
@@ -67,6 +68,11 @@ def diagnose(
         >>> found.findings[0].problem, found.findings[0].severity
         (2, 'ok')
     """
+    problems = chosen_problems(only)
+    if budget_s is not None and not (isinstance(budget_s, Real) and budget_s >= 0):
+        raise ArgumentError(f"budget_s must be a number of seconds, zero or more; got {budget_s!r}.")
+    if device not in get_args(DeviceChoice):
+        raise ArgumentError(f"device must be one of {', '.join(get_args(DeviceChoice))}; got {device!r}.")
     if isinstance(model, nn.Module):
         subject = subject_of(model, tokenizer)
     else:
@@ -74,7 +80,7 @@ def diagnose(
     visit = Visit(subject, material_for(subject, None if data is None else Path(data)), seed)
     found = begin(visit)
     started = perf_counter()
-    for finding in examine(visit, chosen_problems(only), budget_s=budget_s):
+    for finding in examine(visit, problems, budget_s=budget_s):
         found = found.with_finding(finding, perf_counter() - started)
         if on_finding is not None:
             on_finding(finding)
@@ -89,8 +95,11 @@ def chosen_problems(only: Collection[int] | None) -> list[Problem]:
     """
     problems = load_catalogue().problems
     numbers = [problem.number for problem in problems]
-    if only is not None and (unknown := sorted(set(only) - set(numbers))):
-        raise ArgumentError(f"only must hold numbers of problems, 1 to {numbers[-1]}; got {unknown[0]}.")
+    if only is not None:
+        if isinstance(only, str) or not isinstance(only, Collection) or not only:
+            raise ArgumentError(f"only must be a list of numbers of problems, such as [2, 9]; got {only!r}.")
+        if unknown := [number for number in only if number not in numbers]:
+            raise ArgumentError(f"only must hold numbers of problems, 1 to {numbers[-1]}; got {unknown[0]!r}.")
     return [problem for problem in problems if only is None or problem.number in only]
 
 
