@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 from transformer_problems.checkpoints.bundled import bundled
 from transformer_problems.cli import main
-from transformer_problems.cli.diagnose import DiagnosisRequest, diagnose_model
+from transformer_problems.cli.diagnose import DiagnosisRequest, _print_finding, diagnose_model
 from transformer_problems.clinic import diagnose as clinic
-from transformer_problems.core.findings import Finding
+from transformer_problems.core.findings import Finding, Remedy
 
 COMMAND = [sys.executable, "-c", "from transformer_problems.cli import main; main()", "diagnose"]
 
@@ -157,3 +158,13 @@ def test_a_check_up_stopped_while_it_loads_promises_nothing(
         main()
     assert caught.value.code == 130
     assert capsys.readouterr().err.strip() == "stopped"
+
+
+def test_a_narrow_terminal_keeps_sentences_together(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "a sentence of about fifty characters, which it is"
+    finding = Finding(2, "mild", sentence, remedies=(Remedy("rope", "turned by its place"),))
+    _print_finding(Console(width=60), finding)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["02  no positional awareness  mild", f"    {sentence}", "    → rope  turned by its place"]
+    _print_finding(Console(width=100), finding)
+    assert capsys.readouterr().out.startswith("02  no positional awareness       mild    a sentence")

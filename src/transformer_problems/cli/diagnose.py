@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ _STYLES: dict[Severity, str] = {
 }
 _SHORT: dict[Severity, str] = {"not applicable": "-", "not examined": "?"}
 _FEW_REMEDIES = 2
+_NARROW = 72  # columns: on fewer the last of four would be a ribbon of three words a line
 _FOUND, _INTERRUPTED = 1, 130  # exit codes: a check-up failed or --fail-on found something; Ctrl-C, as the shell has it
 
 
@@ -155,18 +157,22 @@ def _print_head(console: Console, found: Diagnosis, visit: Visit) -> None:
 
 def _print_finding(console: Console, finding: Finding) -> None:
     title = load_catalogue().problem(finding.problem).title.lower()
+    told = [Text.assemble("→ ", (remedy.solution, "bold"), f"  {remedy.promise}") for remedy in finding.remedies]
+    word, style = _SHORT.get(finding.severity, finding.severity), _STYLES[finding.severity]
+    meaning = Text(finding.meaning, "dim" if word == "-" else "")
+    if console.width < _NARROW:
+        console.print(Text.assemble(f"{finding.problem:02d}  {title}  ", (word, style)))
+        for line in (meaning, *told[:_FEW_REMEDIES]):
+            console.print(Padding(line, (0, 0, 0, 4), expand=False))
+        return
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=2)
     table.add_column(width=28, no_wrap=True)
     table.add_column(width=6)
     table.add_column(ratio=1)
-    style = _STYLES[finding.severity]
-    word = _SHORT.get(finding.severity, finding.severity)
-    table.add_row(
-        f"{finding.problem:02d}", title, Text(word, style), Text(finding.meaning, "dim" if word == "-" else "")
-    )
-    for remedy in finding.remedies[:_FEW_REMEDIES]:
-        table.add_row("", "", "", Text.assemble("→ ", (remedy.solution, "bold"), f"  {remedy.promise}"))
+    table.add_row(f"{finding.problem:02d}", title, Text(word, style), meaning)
+    for line in told[:_FEW_REMEDIES]:
+        table.add_row("", "", "", line)
     console.print(table)
 
 
