@@ -125,6 +125,11 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     if choose is None or before == "eager":
         yield
         return
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        # such as Falcon, which asks its config at each pass; given a mask for a fused kernel, it would look ahead
+        def choose(name: str | None) -> None:
+            config._attn_implementation = name
+
     choose("eager")
     try:
         yield
