@@ -33,6 +33,10 @@ def count_flops(function: Callable[[], object]) -> int:
             products nobody can see; the message says how to unfuse it.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        if not torch.is_grad_enabled():
+            # it tells modules apart, which is not asked here, by the gradients of their inputs, and a view of a
+            # parameter that is taken without gradients (DeBERTa's table of distances) claims to have one
+            counter.mod_tracker.__exit__()
         function()
     total: int = counter.get_total_flops()
     return total
@@ -62,6 +66,11 @@ def _added_dot(x: Shape, a: Shape, b: Shape, *args: object, out_shape: object = 
 
 
 def _added_batched(x: Shape, a: Shape, b: Shape, *args: object, out_shape: object = None, **kwargs: object) -> int:
+    return 2 * prod(a) * b[-1]
+
+
+def _grouped(a: Shape, b: Shape, *args: object, out_shape: object = None, **kwargs: object) -> int:
+    """Each row of a with the matrix of its group, as in a mixture of experts. a: [N, K]; b: [E, K, M]."""
     return 2 * prod(a) * b[-1]
 
 
@@ -106,6 +115,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.dot: _dot,
     aten.vdot: _dot,
     aten._int_mm: _dot,
+    **({aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {}),
     aten.addmv: _added_dot,
     aten.addbmm: _added_batched,
     aten._embedding_bag: _weighted_bags,
