@@ -22,11 +22,19 @@ class ScoresSeen(TorchFunctionMode):
         super().__init__()
         self.num_examples = num_examples
         self.largest: list[Tensor] = []  # of each layer, [B]
+        self._before: Tensor | None = None  # what a model takes off its scores itself, so that the largest is 0
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(function, "__name__", "") == "softmax" and isinstance(args[0], Tensor) and args[0].dim() >= 3:
+        name = getattr(function, "__name__", "")
+        is_max = name == "max" and isinstance(args[0], Tensor) and args[0].dim() == 4
+        if is_max or (name == "softmax" and isinstance(args[0], Tensor) and args[0].dim() >= 3):
             scores = args[0].detach().reshape(self.num_examples, -1)
-            self.largest.append(scores.amax(dim=1).float().clamp(max=torch.finfo(torch.float32).max))
+            largest = scores.amax(dim=1).float().clamp(max=torch.finfo(torch.float32).max)
+            if is_max:
+                self._before = largest
+            else:
+                self.largest.append(largest if largest.any() or self._before is None else self._before)
+                self._before = None
         return function(*args, **(kwargs or {}))
