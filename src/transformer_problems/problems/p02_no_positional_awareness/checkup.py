@@ -11,7 +11,6 @@ from transformer_problems.checkpoints.subject import Inputs, Kind, Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.findings import Examination, Remedy
 from transformer_problems.problems.p02_no_positional_awareness import orders
-from transformer_problems.solutions.interpretability.transformers_reader import eager_attention
 
 _NUM_EXAMPLES, _LENGTH = 8, 64
 _NUM_BUCKETS = 32  # of distances, as T5 has them
@@ -89,8 +88,7 @@ def _first_weights(subject: Subject, inputs: Inputs) -> Tensor:
 
     hook = attention.register_forward_hook(look)
     try:
-        with eager_attention(subject.model):
-            subject.run(inputs)
+        subject.run(inputs, attentions=True)
     finally:
         hook.remove()
     weights: Tensor = seen[0].float().unflatten(0, (len(inputs["pixel_values"]), -1))
