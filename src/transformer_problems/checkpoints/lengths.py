@@ -20,26 +20,43 @@ _TOLERANCE = 0.01  # a pooler that reads one token, or a rounded window, is no o
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """constant + linear N + square N^2 of an input of N tokens, or patches of an image."""
+    """constant + linear N + square N^2 + local N min(N, window) of an input of N tokens, or patches of an image.
+
+    Args:
+        local: Of layers that look at no more than `window` keys.
+    """
 
     constant: float
     linear: float
     square: float
+    local: float = 0.0
+    window: float = math.inf
 
     def at(self, length: float) -> float:
         """What N = length costs."""
-        return self.constant + self.linear * length + self.square * length**2
+        return self.constant + self.linear * length + self.scores(length)
+
+    def scores(self, length: float) -> float:
+        """The part between two tokens each, which grows with the square, but for what windows hide."""
+        return self.square * length**2 + self.local * length * min(length, self.window)
 
     def square_share(self, length: float) -> float:
-        """The part of it that grows with the square."""
-        return self.square * length**2 / self.at(length)
+        """That part's share."""
+        return self.scores(length) / self.at(length)
 
     def half_length(self) -> float:
-        """From this length on the square is half of it and more; infinite where nothing grows with the square."""
-        if self.square <= 0:
-            return math.inf
-        root = math.sqrt(self.linear**2 + 4 * self.square * self.constant)
-        return (self.linear + root) / (2 * self.square)
+        """From this length on that part is half of it and more; infinite where it never is."""
+        inside = _root(self.square + self.local, self.linear, self.constant)
+        if inside <= self.window:
+            return inside
+        return _root(self.square, self.linear - self.local * self.window, self.constant)
+
+
+def _root(square: float, linear: float, constant: float) -> float:
+    """The N from which square N^2 exceeds linear N + constant."""
+    if square > 0:
+        return (linear + math.sqrt(linear**2 + 4 * square * constant)) / (2 * square)
+    return constant / -linear if linear < 0 else math.inf
 
 
 def through(lengths: tuple[int, int, int], costs: tuple[float, float, float]) -> Growth:
@@ -61,7 +78,10 @@ def longest_input(subject: Subject) -> int:
         height, width = _image_size(subject)
         return (height // _patch_side(subject)) * (width // _patch_side(subject))
     if subject.trained_len is None:
-        raise CombinationError(f"neither the config nor the tokenizer of {subject.name} tells how long its inputs are.")
+        raise CombinationError(
+            f"neither the config nor the tokenizer of {subject.name} tells how long its inputs are. Add "
+            "max_position_embeddings to its config."
+        )
     return subject.trained_len
 
 
@@ -97,6 +117,8 @@ def image_of_any_size(subject: Subject, pixels: Tensor) -> Inputs:
 def arithmetic_by_length(visit: Visit) -> Growth:
     """FLOPs of one pass by the length of its input, counted at three short lengths and checked at a fourth.
 
+    Layers with windows are counted as passes compute them, whole and masked, and told as what they need.
+
     Raises:
         CombinationError: If another law governs them.
     """
@@ -110,7 +132,11 @@ def arithmetic_by_length(visit: Visit) -> Growth:
                 f"the arithmetic of {visit.subject.name} does not follow its length: {flops:,} FLOPs at {length} "
                 f"{unit_of(visit.subject)}, where {growth.at(length):,.0f} were expected."
             )
-    return growth
+    subject = visit.subject
+    if (window := subject.narrowest) is None:
+        return growth
+    local = growth.square * sum(each is not None for each in subject.windows) / len(subject.windows)
+    return Growth(growth.constant, growth.linear, growth.square - local, local, window)
 
 
 def _counted(visit: Visit, multiple: int) -> tuple[int, int]:

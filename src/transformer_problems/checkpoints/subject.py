@@ -17,6 +17,7 @@ Inputs = Mapping[str, Tensor]
 """What a pass takes: input_ids and attention_mask [B, N] of text, or pixel_values [B, 3, height, width]."""
 
 _FIELDS_OF_LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+_FIELDS_OF_WINDOWS = ("sliding_window", "attention_chunk_size")
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
 _LAYER_LISTS = ("layers", "layer", "h", "blocks", "albert_layer_groups")
 
@@ -103,13 +104,40 @@ class Subject:
         """Tokens beyond which the model has no positions and fails; None where it takes any number."""
         if self.kind == "image":
             return None
+        if self.config.model_type == "mpt":  # its biases by distance are made for so many keys
+            return int(self.config.max_seq_len)
         for path, part in self.model.named_modules():
+            if isinstance(turns := getattr(part, "embed_positions", None), Tensor):  # GPT-J's sines and cosines
+                return len(turns)
             if path.rpartition(".")[2] in POSITION_TABLES and isinstance(part, nn.Embedding):
                 skipped = 2 if hasattr(part, "offset") else 0  # OPT's first rows stand for no position
                 if part.padding_idx is not None:  # RoBERTa counts from the row after that of padding
                     skipped = part.padding_idx + 1
                 return part.num_embeddings - skipped
         return None
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many keys a token sees at most, itself included; None where it sees all there are.
+
+        GPT-Neo's count as none: its cache and its attention hold all keys, and mask what is far.
+        """
+        config, num_layers = self.config, self.num_layers
+        sizes = [size for name in _FIELDS_OF_WINDOWS if isinstance(size := getattr(config, name, None), int)]
+        if self.kind == "image" or not sizes or not getattr(config, "use_sliding_window", True):
+            return (None,) * num_layers
+        seen = sizes[0] if self.kind == "causal" else 2 * sizes[0] + 1
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+        return tuple(None if kind == "full_attention" else seen for kind in kinds)
+
+    @property
+    def narrowest(self) -> int | None:
+        """The fewest keys that a layer is held to; None where all see everything."""
+        return min((window for window in self.windows if window is not None), default=None)
+
+    def keys_met(self, length: float) -> float:
+        """How many of `length` keys a token sees, on average over the layers."""
+        return sum(min(length, window or length) for window in self.windows) / len(self.windows)
 
     @property
     def num_special(self) -> int:

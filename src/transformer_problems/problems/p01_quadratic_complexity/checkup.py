@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from transformer_problems.checkpoints.checkup import Visit, exactly
 from transformer_problems.checkpoints.lengths import Growth, arithmetic_by_length, longest_input, unit_of
@@ -31,6 +32,14 @@ class QuadraticCheckup:
         figures = {"longest_input_" + unit: float(longest), "longest_input_gflop": growth.at(longest) / 1e9}
         if math.isfinite(half):
             figures[f"half_of_the_arithmetic_{unit}"] = half
+        if growth.local:
+            figures["longest_input_without_windows_gflop"] = _without_windows(growth, longest) / 1e9
+            meaning = (
+                f"attention is {share:.0%} of the arithmetic at {longest:,} {unit}, where "
+                f"{sum(each is not None for each in subject.windows)} of {subject.num_layers} layers look at "
+                f"{growth.window:,} of them"
+            )
+        elif math.isfinite(half):
             meaning = f"attention's square is {share:.0%} of the arithmetic at {longest:,} {unit}, half at {half:,.0f}"
         else:
             meaning = f"the arithmetic grows in proportion to the {unit}: no part of it with their square"
@@ -71,12 +80,21 @@ def _remedies(subject: Subject, growth: Growth) -> tuple[Remedy, ...]:
     )
     fitting = [each for each in told if _suits(subject, each[0])]
     found = [_fewer_keys(growth, longest, slug, keys, how) for slug, keys, how in fitting]
-    implementation = getattr(subject.config, "_attn_implementation", None)
+    return (*found, _flash(growth, longest, getattr(subject.config, "_attn_implementation", None)))
+
+
+def _flash(growth: Growth, longest: int, implementation: str | None) -> Remedy:
+    """Its kernels leave out what a window hides, which all others compute and mask."""
+    if growth.local and "flash" not in str(implementation):
+        times = _without_windows(growth, longest) / growth.at(longest)
+        told = f"{times:.1f}x less arithmetic than with {implementation}, which computes what windows hide"
+        return Remedy("flash-attention", told, times)
     flash = "no fewer operations, but no scores in memory"
-    return (
-        *found,
-        Remedy("flash-attention", flash if implementation == "eager" else f"in use already ({implementation})"),
-    )
+    return Remedy("flash-attention", flash if implementation == "eager" else f"in use already ({implementation})")
+
+
+def _without_windows(growth: Growth, length: float) -> float:
+    return replace(growth, window=math.inf).at(length)
 
 
 def _suits(subject: Subject, slug: str) -> bool:
@@ -87,11 +105,13 @@ def _suits(subject: Subject, slug: str) -> bool:
 
 
 def _fewer_keys(growth: Growth, longest: int, slug: str, keys: float, how: str) -> Remedy:
-    square = growth.square * longest**2 * min(1.0, keys / longest)
-    rest = growth.at(longest) - growth.square * longest**2
+    scores = growth.scores(longest)
+    full = (growth.square + growth.local) * longest**2  # as if each token met all
+    met = longest * scores / full if full else 0.0
+    square, rest = scores * min(1.0, keys / met) if met else 0.0, growth.at(longest) - scores
     after = square / (square + rest)
     before = growth.square_share(longest)
-    if keys >= longest or not before:
+    if keys >= met or not before:
         return Remedy(slug, f"nothing at this length ({how})")
     times = growth.at(longest) / (square + rest)
     return Remedy(slug, f"{before:.0%} to {after:.0%}, {times:.1f}x less arithmetic in all: {how}", before / after)

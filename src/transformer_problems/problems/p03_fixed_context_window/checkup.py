@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.checkpoints.checkup import Visit, estimate
+from transformer_problems.checkpoints.decoding import CachedText
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.findings import Curve, Examination, NotApplicable, Remedy
 from transformer_problems.core.records import Interval
@@ -15,6 +16,7 @@ from transformer_problems.problems.p03_fixed_context_window.lengths import Lengt
 _NUM_TEXTS, _MOST_TOKENS, _NUM_BLOCKS = 3, 256, 8
 _FELT = 0.01  # of what the nearest tokens change: less is taken for not seen
 _PASSAGE = 128  # tokens of one fetched passage
+_CACHED = 8  # tokens, to see what a cache takes for each
 
 
 class ReachCheckup:
@@ -44,11 +46,13 @@ class ReachCheckup:
         farthest = (shares > _FELT).long() * torch.arange(1, _NUM_BLOCKS + 1)
         reach = estimate(farthest.amax(dim=1).double() / _NUM_BLOCKS)
         lengths = measure_lengths(visit.subject, visit.material.texts, window) if visit.material.own else None
-        gain = _gain_of_doubling(visit, length) if visit.subject.kind == "causal" else None
+        is_causal = visit.subject.kind == "causal"
+        gain = _gain_of_doubling(visit, length) if is_causal else None
+        stored = _stored_tokens(visit) if is_causal else 0
         return Examination(
             {"reach_share": reach} | ({"unread_share": lengths.unread} if lengths else {}),
             _meaning(visit.subject, reach, tried, lengths),
-            _remedies(visit.subject, window, reach.value, lengths, gain),
+            _remedies(visit.subject, window, reach.value, lengths, gain, stored),
             _curve(shares.mean(dim=0).tolist(), block),
             {"window_tokens": window, "tested_tokens": tried}
             | ({"longest_text_tokens": lengths.longest} if lengths else {})
@@ -96,6 +100,13 @@ def _gain_of_doubling(visit: Visit, length: int) -> float:
     return (loss(length // 4) - loss(length)) / 2
 
 
+def _stored_tokens(visit: Visit) -> int:
+    """Whose keys and values of one layer take as many bytes as the weights."""
+    subject, num = visit.subject, min(_CACHED, visit.subject.narrowest or _CACHED)
+    cached = CachedText(subject, visit.texts(1, num)["input_ids"])
+    return subject.weight_bytes * num * subject.num_layers // cached.state_bytes
+
+
 def _meaning(subject: Subject, reach: Interval, tried: int, lengths: Lengths | None) -> str:
     seen = f"a change {reach.value * tried:.0f} tokens away is felt (of {tried} tried)"
     window = f"its {subject.trained_len:,} tokens"
@@ -119,7 +130,7 @@ def _curve(shares: list[float], block: int) -> Curve:
 
 
 def _remedies(
-    subject: Subject, window: int, reach: float, lengths: Lengths | None, gain: float | None
+    subject: Subject, window: int, reach: float, lengths: Lengths | None, gain: float | None, stored: int
 ) -> tuple[Remedy, ...]:
     """By how much farther each would reach than the model does now, in tokens; RAG by what it would have to search."""
     now = max(1.0, reach * window)
@@ -129,10 +140,7 @@ def _remedies(
     rag = Remedy("rag", promise, max(1.0, corpus / now))
     if gain is None:
         return (rag,)
-    num_kv = getattr(subject.config, "num_key_value_heads", None) or subject.num_heads
-    kv_dim = num_kv * subject.embed_dim // subject.num_heads
     width = subject.weight_bytes // subject.num_parameters
-    stored = subject.weight_bytes // (2 * kv_dim * width)  # keys and values of one layer, as many bytes as the weights
     recurrent = (subject.num_layers + 1) * window  # a memory as long as the window for each layer: Dai et al. 2019
     doublings = log2(recurrent / window)
     state = subject.num_layers * 2 * subject.embed_dim * 16 * width  # Gu and Dao 2023: twice the width, 16 numbers each

@@ -166,7 +166,7 @@ def _curve(visit: Visit, history: int) -> Curve:
         "Arithmetic for one more token, by what stands before it",
         "tokens before",
         "GFLOP",
-        tuple((length, (growth.linear + growth.square * length) / 1e9) for length in lengths),
+        tuple((length, (growth.linear + growth.scores(length) / length) / 1e9) for length in lengths),
         {"without a cache": tuple((length, growth.at(length) / 1e9) for length in lengths)},
         x_log=True,
         y_log=True,

@@ -71,8 +71,9 @@ class MemoryCheckup:
             f"measured_up_to_{unit}": float(peak.measured),
         }
         if subject.kind == "causal":
-            cached = CachedText(subject, visit.texts(1, _CACHED)["input_ids"])
-            figures["cache_per_1000_tokens_bytes"] = cached.state_bytes / _CACHED * 1000
+            num = min(_CACHED, subject.narrowest or _CACHED)  # beyond, layers with windows keep no more
+            cached = CachedText(subject, visit.texts(1, num)["input_ids"])
+            figures["cache_per_1000_tokens_bytes"] = cached.state_bytes / num * subject.keys_met(1000)
         how = "" if peak.measured >= longest else ", extrapolated"
         takes_more = subject.kind != "image" and subject.hard_limit is None
         room = f"; {_megabytes(memory)} hold {fits:,.0f} {unit}" if takes_more else ""

@@ -1,6 +1,7 @@
 """How much dearer does a token become as the history grows?"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,26 @@ _SINKS, _WINDOW = 4, 256  # of StreamingLLM, the window being a size to predict 
 _CHUNK = 64
 
 
+@dataclass(frozen=True, slots=True)
+class _NextToken:
+    """FLOPs of the next token by how many stand before it; a window ends a layer's growth, where there is a cache.
+
+    Args:
+        law: As if no layer had a window.
+    """
+
+    subject: Subject
+    law: Growth
+
+    @property
+    def is_pass(self) -> bool:
+        """Whether all before it is read again."""
+        return self.law.square > 0
+
+    def at(self, length: float) -> float:
+        return self.law.at(length if self.is_pass else self.subject.keys_met(length))
+
+
 class StreamingCheckup:
     """Counts the next token as the model writes it, at three short histories, and follows the count to the longest.
 
@@ -31,13 +52,14 @@ class StreamingCheckup:
 
     @torch.no_grad()
     def examine(self, visit: Visit) -> Examination:
-        subject, longest = visit.subject, _longest_history(visit.subject)
-        histories = (_SHORT, 2 * _SHORT, 3 * _SHORT)
+        subject, longest = visit.subject, longest_input(visit.subject)
+        step = max(1, min(_SHORT, (subject.narrowest or longest) // 3))  # within all windows, cost follows the length
+        histories = (step, 2 * step, 3 * step)
         tokens = visit.texts(1, histories[-1])["input_ids"]
         counted = [next_token_flops(subject, tokens[:, :history]) for history in histories]
-        growth = through(histories, (counted[0], counted[1], counted[2]))
+        growth = _NextToken(subject, through(histories, (counted[0], counted[1], counted[2])))
         times = growth.at(longest) / growth.at(_SHORT)
-        state = CachedText(subject, tokens).state_bytes / histories[-1] * longest
+        state = CachedText(subject, tokens).state_bytes / histories[-1] * subject.keys_met(longest)
         figures = {
             "longest_history_tokens": float(longest),
             "next_token_at_longest_gflop": growth.at(longest) / 1e9,
@@ -46,17 +68,12 @@ class StreamingCheckup:
         }
         kept = f"with {state / 1e6:,.1f} MB of cache" if uses_cache(subject) else "reading the whole text again"
         meaning = f"after {longest:,} tokens the next one costs {times:.1f}x what it costs after {_SHORT}, {kept}"
+        if uses_cache(subject) and subject.narrowest:
+            num_local = sum(window is not None for window in subject.windows)
+            meaning += f"; {num_local} of {subject.num_layers} layers look back {subject.narrowest:,} tokens"
         curve = _curve(growth, longest)
         remedies = _remedies(growth, longest, state)
         return Examination({"next_token_growth": exactly(times)}, meaning, remedies, curve, figures)
-
-
-def _longest_history(subject: Subject) -> int:
-    """A window ends the growth, as far as there is a cache to forget from."""
-    longest, window = longest_input(subject), getattr(subject.config, "sliding_window", None)
-    if isinstance(window, int) and getattr(subject.config, "use_sliding_window", True) and uses_cache(subject):
-        return min(longest, window)
-    return longest
 
 
 def _seconds(visit: Visit, history: int) -> dict[str, float]:
@@ -68,7 +85,7 @@ def _seconds(visit: Visit, history: int) -> dict[str, float]:
     return {f"cached_step_at_{_SHORT}_tokens_s": best_s["short"], f"cached_step_at_{history}_tokens_s": best_s["long"]}
 
 
-def _curve(growth: Growth, longest: int) -> Curve:
+def _curve(growth: _NextToken, longest: int) -> Curve:
     lengths = [float(_SHORT)]
     while lengths[-1] < longest:
         lengths.append(min(2 * lengths[-1], longest))
@@ -81,15 +98,15 @@ def _curve(growth: Growth, longest: int) -> Curve:
     )
 
 
-def _remedies(growth: Growth, longest: int, state: float) -> tuple[Remedy, ...]:
+def _remedies(growth: _NextToken, longest: int, state: float) -> tuple[Remedy, ...]:
     """What a token costs where it sees so many tokens at most, each once, beside its weights.
 
     Beside a cache the count is constant + linear N already. Without one it is a pass, linear N + square N^2, so the
     token's own part is constant + linear, the constant being its answer, and a key's is `square`.
     """
-    is_pass = growth.square > 0
-    own = growth.constant + (growth.linear if is_pass else 0)
-    key = growth.square if is_pass else growth.linear
+    law, keys_met = growth.law, growth.subject.keys_met
+    own = law.constant + (law.linear if growth.is_pass else 0)
+    key = law.square if growth.is_pass else law.linear
     now, short = growth.at(longest), own + key * _SHORT
     told = (
         ("streaming-transformers", _SINKS + _WINDOW, f"{_SINKS} first and {_WINDOW} last tokens", "for ever"),
@@ -99,8 +116,8 @@ def _remedies(growth: Growth, longest: int, state: float) -> tuple[Remedy, ...]:
     )
     found = []
     for slug, keys, how, when in told:
-        met = min(keys, longest)
-        cost, kept = own + key * met, state * met / longest
+        met = keys_met(min(keys, longest))
+        cost, kept = own + key * met, state * met / keys_met(longest)
         held = f"{kept / 1e6:,.1f} MB kept" if keys else "the same state at any length"
         found.append(Remedy(slug, f"{now / cost:.1f}x less for a token, {held}: {how}, {when}", now / max(cost, short)))
     return tuple(found)
