@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.dependencies import require
@@ -24,7 +24,8 @@ _SUPPORTED = (
     "image models of the ViT and Swin families"
 )
 _MOST_WORDS = 40  # of what from_pretrained tells: its first line alone often says only that there is an error
-_IMAGE_MODELS = ("vit", "deit", "swin", "swinv2", "dinov2")
+_IMAGE_MODELS = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "dinov2_with_registers")
+_TRIED = 12  # tokens of the pass that shows whether a model can be examined
 
 
 def load_subject(
@@ -57,7 +58,9 @@ def load_subject(
     with _quiet(transformers):
         loaded = _load_model(transformers, name, folder, files)
         reader = _load_reader(transformers, kind, tokenizer or folder, folder)
-    return Subject(folder.name, kind, loaded.to(device).eval(), reader)
+        subject = Subject(folder.name, kind, loaded.to(device).eval(), reader)
+        _check_shows_itself(subject)
+    return subject
 
 
 def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> Subject:
@@ -83,7 +86,10 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
         raise CheckpointError(
             f"tokenizer must be one of transformers; got {type(tokenizer).__name__}. Load it with AutoTokenizer."
         )
-    return Subject(name or type(model).__name__, kind, model, tokenizer)
+    subject = Subject(name or type(model).__name__, kind, model, tokenizer)
+    with _quiet(transformers):
+        _check_shows_itself(subject)
+    return subject
 
 
 def _folder(model: str) -> Path:
@@ -132,6 +138,8 @@ def _kind(transformers: Any, settings: dict[str, Any], where: object) -> tuple[K
         raise CheckpointError(f"{where} has an unknown architecture ({name or family}). {_SUPPORTED}.")
     if settings.get("is_encoder_decoder"):
         raise CheckpointError(f"{where} ({name}) is an encoder with a decoder. {_SUPPORTED}.")
+    if "vision_config" in settings or "audio_config" in settings:
+        raise CheckpointError(f"{where} ({name}) reads more than text, or than images. {_SUPPORTED}.")
     if family in _IMAGE_MODELS:
         known = (*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(), auto.MODEL_MAPPING_NAMES.get(family))
         return "image", name if name in known else str(auto.MODEL_MAPPING_NAMES[family])
@@ -259,6 +267,38 @@ def _load_reader(transformers: Any, kind: Kind, source: Path, folder: Path) -> A
             f"{source} holds no tokenizer that can be read. Copy its tokenizer.json there, or name its folder with "
             "--tokenizer."
         ) from error
+
+
+@torch.no_grad()
+def _check_shows_itself(subject: Subject) -> None:
+    """Of a model of text, that a pass shows what check-ups look at: states and weights between all tokens, by layer.
+
+    It does not where layers have a recurrent state in place of attention (Mamba, Jamba), pool their tokens (Funnel) or
+    weigh them in another form (Longformer).
+    """
+    if subject.kind == "image":
+        return
+    name = f"{subject.name} ({type(subject.model).__name__})"
+    num = min(_TRIED, subject.hard_limit or _TRIED)
+    tokens = torch.arange(num, device=subject.device)[None] + 3  # beyond those that pad, begin and end
+    try:
+        seen = subject.run(
+            {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, states=True, attentions=True
+        )
+        layers = subject.num_layers
+    except Exception as error:  # whatever a model of another build leads to
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{name} does not show its attention: {told.rstrip('.')}. {_SUPPORTED}.") from error
+    shown = [tuple(weights.shape[-2:]) for weights in seen.attentions if weights.dim() == 4]
+    if len(seen.states) != layers + 1 or shown != [(num, num)] * layers or _is_negative(seen.attentions):
+        raise CheckpointError(f"{name} does not have attention between all tokens in each layer. {_SUPPORTED}.")
+    if subject.kind == "causal" and any(bool(weights.triu(1).any()) for weights in seen.attentions):
+        raise CheckpointError(f"{name} is to write text, and its tokens see what comes after them. {_SUPPORTED}.")
+
+
+def _is_negative(attentions: tuple[Tensor, ...]) -> bool:
+    """Whether scores are shown in place of shares."""
+    return any(bool((weights < 0).any()) for weights in attentions)
 
 
 class _ImageStatistics:
