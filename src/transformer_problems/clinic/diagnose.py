@@ -25,6 +25,7 @@ from transformer_problems.checkpoints.material import (
     own_texts,
 )
 from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.checkpoints.vocabulary import checked_texts
 from transformer_problems.clinic.diagnosis import Description, Diagnosis
 from transformer_problems.core.errors import ArgumentError, TransformerProblemsError
 from transformer_problems.core.findings import SEVERITIES, Examination, Finding, NotApplicable, Reading
@@ -107,11 +108,11 @@ def material_for(subject: Subject, data: Path | None) -> Material:
     """What a model of this kind is examined on.
 
     Raises:
-        ArgumentError: If the user's data cannot be read.
+        ArgumentError: If the user's data cannot be read, or the tokenizer does not know the texts.
     """
     if subject.kind == "image":
         return machines_images() if data is None else own_images(data)
-    return machines_texts() if data is None else own_texts(data)
+    return checked_texts(subject, machines_texts() if data is None else own_texts(data))
 
 
 def begin(visit: Visit) -> Diagnosis:
