@@ -26,12 +26,14 @@ class Material:
     Args:
         texts: Of a model of text, in their order.
         images: Of a model of images, [n, 3, side, side] from 0 to 1.
+        classes: Of the images, [n], where the user sorted them.
         own: Whether they are the user's, so that their lengths tell something.
     """
 
     source: str
     texts: tuple[str, ...] = ()
     images: Tensor | None = None
+    classes: Tensor | None = None
     own: bool = False
 
 
@@ -74,8 +76,8 @@ def own_images(path: Path) -> Material:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is left out changes no reading
-        images = load_image_folder(path, size=_IMAGE_SIDE).pixels
-    return Material(str(path), images=images.float() / 255, own=True)
+        found = load_image_folder(path, size=_IMAGE_SIDE)
+    return Material(str(path), images=found.pixels.float() / 255, classes=found.classes, own=True)
 
 
 def machines_images() -> Material:

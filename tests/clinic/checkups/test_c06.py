@@ -1,5 +1,6 @@
 """A model whose training is lost is found out; the same forms, trained, are worth more than random weights."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -26,6 +27,19 @@ def test_lost_training_is_found(kind: str, texts: Material, images: Material, re
     subject = request.getfixturevalue(kind)
     material = images if kind == "vision" else texts
     assert gain(FAULT.plant(subject, 0), material) < 0.06 < 0.09 < gain(subject, material)
+
+
+def test_images_that_the_user_sorted_are_told_apart_by_their_classes(vision: Subject, images: Material) -> None:
+    assert images.images is not None
+    pixels = images.images[:2].repeat_interleave(70, dim=0)  # two pictures, each many times: any features do
+    classes = torch.arange(2).repeat_interleave(70)
+    shown = Visit(vision, replace(images, images=pixels, classes=classes, own=True))
+    found = CHECKUP.examine(shown)
+    assert isinstance(found, NotApplicable)
+    assert "100% of 2 classes of images" in found.reason
+    few = CHECKUP.examine(replace(shown, material=replace(images, images=pixels[60:80], classes=classes[60:80])))
+    assert isinstance(few, Examination)
+    assert "ten digits" in few.meaning
 
 
 def test_random_weights_gain_nothing_over_themselves(encoder: Subject, texts: Material) -> None:

@@ -15,7 +15,7 @@ from transformer_problems.lab.data.digits import load_digit_images
 from transformer_problems.problems.p06_data_hungry.untrained import untrained
 
 _NUM_PIECES, _LENGTH = 96, 32  # each piece of text once whole and once corrupted
-_NUM_IMAGES = 128
+_NUM_IMAGES, _MOST_CLASSES = 128, 10
 _REPLACED = 0.15  # of a piece's tokens, as in ELECTRA (Clark et al. 2020, arXiv:2003.10555)
 _LABELS, _SIZES = 40, (6, 10, 20, 40, 64)
 _NUM_DRAWS, _NUM_CURVE_DRAWS = 16, 6
@@ -41,7 +41,8 @@ class LabelCheckup:
     """A linear classifier on the frozen model against the same on its architecture with random weights.
 
     Text: whole pieces against the same with 15% of the tokens replaced at random, a task that any text gives and that
-    needs no labels of a person. Images: scikit-learn's digits. A random network keeps much of its input, so that
+    needs no labels of a person. Images: the user's, where they are sorted into classes and there are enough of them,
+    since a model of clothes need not know digits; else scikit-learn's digits. A random network keeps much of its input, so that
     what it reaches is what the task gives away; only the difference is what training is worth.
     """
 
@@ -50,7 +51,7 @@ class LabelCheckup:
 
     @torch.no_grad()
     def examine(self, visit: Visit) -> Examination | NotApplicable:
-        task = _digits(visit) if visit.subject.kind == "image" else _whole_or_corrupted(visit)
+        task = _images(visit) if visit.subject.kind == "image" else _whole_or_corrupted(visit)
         body = visit.subject.with_model(cast("Any", visit.subject.model).base_model)  # its head would take time alone
         trained = _features(body, task.inputs)
         visit.progress(0.4)
@@ -66,8 +67,8 @@ class LabelCheckup:
         own, other = (float(accuracies.mean()) for accuracies in at[_LABELS])
         if other > _TOO_EASY:
             return NotApplicable(
-                f"random weights tell {other:.0%} of {task.told} already, so this text shows nothing about training: "
-                "give text of the kind that the model was made for"
+                f"random weights tell {other:.0%} of {task.told} already, so this shows nothing about training: "
+                "give texts, or images, of the kind that the model was made for"
             )
         return Examination(
             {"pretraining_gain": estimate(at[_LABELS][0] - at[_LABELS][1])},
@@ -104,11 +105,24 @@ def _whole_or_corrupted(visit: Visit) -> _Task:
     )
 
 
-def _digits(visit: Visit) -> _Task:
-    images = load_digit_images()[1].take(torch.arange(_NUM_IMAGES))
-    shown = Material("digits", images=images.pixels.expand(-1, 3, -1, -1))
+def _images(visit: Visit) -> _Task:
+    shown, told = _sorted_images(visit.material)
     inputs = replace(visit, material=shown).images(_NUM_IMAGES)
-    return _Task(inputs, images.classes, torch.arange(_NUM_IMAGES), "ten digits")
+    assert shown.classes is not None
+    return _Task(inputs, shown.classes, torch.arange(_NUM_IMAGES), told)
+
+
+def _sorted_images(material: Material) -> tuple[Material, str]:
+    """As many images as are looked at, of at most ten classes, and what these are."""
+    if material.images is not None and material.classes is not None:
+        common = material.classes.bincount().argsort(descending=True, stable=True)[:_MOST_CLASSES]
+        kept = torch.isin(material.classes, common).nonzero()[:, 0]
+        if len(common) > 1 and len(kept) >= _NUM_IMAGES:
+            kept = kept[torch.arange(_NUM_IMAGES) * len(kept) // _NUM_IMAGES]
+            classes = material.classes[kept].unique(return_inverse=True)[1]
+            return Material("own", images=material.images[kept], classes=classes), f"{len(common)} classes of images"
+    digits = load_digit_images()[1].take(torch.arange(_NUM_IMAGES))
+    return Material("digits", images=digits.pixels.expand(-1, 3, -1, -1), classes=digits.classes), "ten digits"
 
 
 def _features(subject: Subject, inputs: Inputs) -> Tensor:
