@@ -26,6 +26,7 @@ _SUPPORTED = (
 _MOST_WORDS = 40  # of what from_pretrained tells: its first line alone often says only that there is an error
 _IMAGE_MODELS = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "dinov2_with_registers")
 _TRIED = 12  # tokens of the pass that shows whether a model can be examined
+_SAME, _ROUNDINGS = 1e-3, 32  # how far two ways to compute one answer may be apart, and at least, in roundings
 
 
 def load_subject(
@@ -274,18 +275,18 @@ def _check_shows_itself(subject: Subject) -> None:
     """Of a model of text, that a pass shows what check-ups look at: states and weights between all tokens, by layer.
 
     It does not where layers have a recurrent state in place of attention (Mamba, Jamba), pool their tokens (Funnel) or
-    weigh them in another form (Longformer).
+    weigh them in another form (Longformer), nor where what is shown is of another pass than what answers: transformers
+    adds the biases by distance of Falcon twice when asked for its weights.
     """
     if subject.kind == "image":
         return
     name = f"{subject.name} ({type(subject.model).__name__})"
     num = min(_TRIED, subject.hard_limit or _TRIED)
     tokens = torch.arange(num, device=subject.device)[None] + 3  # beyond those that pad, begin and end
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
-        seen = subject.run(
-            {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, states=True, attentions=True
-        )
-        layers = subject.num_layers
+        seen, layers = subject.run(inputs, states=True, attentions=True), subject.num_layers
+        plain = subject.run(inputs).output
     except Exception as error:  # whatever a model of another build leads to
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{name} does not show its attention: {told.rstrip('.')}. {_SUPPORTED}.") from error
@@ -294,6 +295,12 @@ def _check_shows_itself(subject: Subject) -> None:
         raise CheckpointError(f"{name} does not have attention between all tokens in each layer. {_SUPPORTED}.")
     if subject.kind == "causal" and any(bool(weights.triu(1).any()) for weights in seen.attentions):
         raise CheckpointError(f"{name} is to write text, and its tokens see what comes after them. {_SUPPORTED}.")
+    rounding = max(_SAME, _ROUNDINGS * torch.finfo(plain.dtype).eps)
+    if float((seen.output - plain).float().norm()) > rounding * float(plain.float().norm()):
+        raise CheckpointError(
+            f"{name} answers otherwise where its attention is looked at, so that this would tell of another model. "
+            f"{_SUPPORTED}."
+        )
 
 
 def _is_negative(attentions: tuple[Tensor, ...]) -> bool:

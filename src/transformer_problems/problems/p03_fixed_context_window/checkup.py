@@ -102,7 +102,7 @@ def _gain_of_doubling(visit: Visit, length: int) -> float:
 
 def _stored_tokens(visit: Visit) -> int:
     """Whose keys and values of one layer take as many bytes as the weights."""
-    subject, num = visit.subject, min(_CACHED, visit.subject.narrowest or _CACHED)
+    subject, num = visit.subject, min(_CACHED, (visit.subject.narrowest or _CACHED + 1) - 1)
     cached = CachedText(subject, visit.texts(1, num)["input_ids"])
     return subject.weight_bytes * num * subject.num_layers // cached.state_bytes
 

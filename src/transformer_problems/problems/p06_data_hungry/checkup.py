@@ -42,8 +42,8 @@ class LabelCheckup:
 
     Text: whole pieces against the same with 15% of the tokens replaced at random, a task that any text gives and that
     needs no labels of a person. Images: the user's, where they are sorted into classes and there are enough of them,
-    since a model of clothes need not know digits; else scikit-learn's digits. A random network keeps much of its input, so that
-    what it reaches is what the task gives away; only the difference is what training is worth.
+    since a model of clothes need not know digits; else scikit-learn's digits. A random network keeps much of its
+    input, so that what it reaches is what the task gives away; only the difference is what training is worth.
     """
 
     problem = 6

@@ -71,7 +71,7 @@ class MemoryCheckup:
             f"measured_up_to_{unit}": float(peak.measured),
         }
         if subject.kind == "causal":
-            num = min(_CACHED, subject.narrowest or _CACHED)  # beyond, layers with windows keep no more
+            num = min(_CACHED, (subject.narrowest or _CACHED + 1) - 1)  # beyond, layers with windows keep no more
             cached = CachedText(subject, visit.texts(1, num)["input_ids"])
             figures["cache_per_1000_tokens_bytes"] = cached.state_bytes / num * subject.keys_met(1000)
         how = "" if peak.measured >= longest else ", extrapolated"
