@@ -1,6 +1,6 @@
 """Every check-up on every family that people have: examined rightly, or refused in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from transformer_problems.core.seeding import seeded
 from transformer_problems.lab.meters.roofline import Roofline
 from transformer_problems.problems.p04_slow_decoding import checkup as decoding
 from transformer_problems.problems.p06_data_hungry import checkup as labels
+from transformer_problems.problems.p12_no_recurrence import checkup as streaming
 from transformer_problems.problems.p17_hardware_inefficiency import checkup as use_of_the_machine
 from transformer_problems.problems.p18_realtime_deployment import checkup as requests_in_time
 
@@ -143,10 +144,20 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Visit, "roofline", Roofline(1e11, 1e10))
     monkeypatch.setattr(use_of_the_machine, "_MOST", 8)
     monkeypatch.setattr(requests_in_time, "_SECONDS", 0.02)
+    monkeypatch.setattr(requests_in_time, "_WARMUP", 1)
+    monkeypatch.setattr(requests_in_time, "_FEWEST", 4)
     monkeypatch.setattr(decoding, "_STEPS", 4)
+    monkeypatch.setattr(decoding, "measure_bandwidth", lambda device, array_bytes: 1e10)
+    monkeypatch.setattr(decoding, "best_times", once)
+    monkeypatch.setattr(streaming, "best_times", once)
     monkeypatch.setattr(labels, "_NUM_DRAWS", 4)
     monkeypatch.setattr(labels, "_NUM_PIECES", 48)
     monkeypatch.setattr(labels, "_SIZES", (10, 40))
+
+
+def once(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Each way tried, for the time that it would take is not looked at."""
+    return {name: 1.0 for name, way in ways.items() if way() is not None}
 
 
 def found_in(visit: Visit, *numbers: int) -> dict[int, Finding]:
@@ -158,7 +169,7 @@ def read(finding: Finding, metric: str) -> float:
     return next(reading.value.value for reading in finding.readings if reading.threshold.metric == metric)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "qwen2"])  # which is looked at below, in shards
 def test_all_check_ups_look_at_it(name: str, texts: Material, images: Material, hurried: None) -> None:
     subject = admitted(name)
     found = found_in(Visit(subject, images if name in IMAGES else texts))
