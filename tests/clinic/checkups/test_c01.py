@@ -1,5 +1,6 @@
 """The share of the square is what it is on paper, at any length, and a stretched context is found out."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from transformer_problems.checkpoints.checkup import Visit
-from transformer_problems.checkpoints.lengths import arithmetic_by_length, longest_input, through
+from transformer_problems.checkpoints.lengths import Growth, arithmetic_by_length, longest_input, through
 from transformer_problems.checkpoints.material import Material
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.clinic.ward import admit, patients
@@ -68,6 +69,22 @@ def test_a_law_of_three_points() -> None:
     growth = through((1, 2, 4), (5 + 3 + 2, 5 + 6 + 8, 5 + 12 + 32))
     assert (growth.constant, growth.linear, growth.square) == (5, 3, 2)
     assert growth.square_share(growth.half_length()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("window", "half"),
+    [
+        (100, 3.0),  # not reached: 2 N^2 = 3 N + 9
+        (2, (1 + 37**0.5) / 2),  # N^2 + 2 N = 3 N + 9
+    ],
+)
+def test_a_law_with_windows(window: int, half: float) -> None:
+    growth = Growth(9, 3, 1, local=1, window=window)
+    assert growth.at(1) == 9 + 3 + 1 + 1
+    assert growth.at(200) == 9 + 3 * 200 + 200**2 + 200 * window
+    assert growth.half_length() == pytest.approx(half)
+    assert growth.square_share(growth.half_length()) == pytest.approx(0.5)
+    assert Growth(9, 3, 0, local=1, window=2).half_length() == math.inf  # attention never reaches the rest
 
 
 def test_the_model_is_left_as_it_was(encoder: Subject, texts: Material) -> None:

@@ -66,6 +66,19 @@ def test_weighted_sums_of_rows(requires_grad):
     assert count_flops(lambda: nn.functional.embedding_bag(index, table, mode="sum")) == 0
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_grouped_mm"), reason="this PyTorch has no grouped products")
+def test_rows_by_the_matrix_of_their_group():
+    rows, matrices = torch.randn(24, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16()
+    ends = torch.tensor([4, 4, 24], dtype=torch.int32)  # of each group's rows; one has none
+    assert count_flops(lambda: torch.ops.aten._grouped_mm(rows, matrices, ends)) == 2 * 24 * 16 * 8
+
+
+def test_a_view_of_a_parameter_taken_without_gradients_is_counted():
+    table, layer = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 5)
+    with torch.no_grad():
+        assert count_flops(lambda: layer(table[2:8])) == 2 * 6 * 4 * 5
+
+
 def test_elementwise_work_is_not_counted():
     x = torch.randn(5, 5)
     assert count_flops(lambda: (x.softmax(-1) * x + x.exp()).sum()) == 0
