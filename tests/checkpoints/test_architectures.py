@@ -215,6 +215,15 @@ def test_a_window_in_the_arithmetic_and_the_reach(texts: Material) -> None:
     assert found[5].figures["local_distance_tokens"] < WINDOW / 2
 
 
+def test_a_model_without_a_cache_is_looked_at_for_what_needs_none(texts: Material, hurried: None) -> None:
+    model = built("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", SHORT_NAMES)
+    found = found_in(Visit(subject_of(model, byte_tokenizer()), texts), 3, 4, 7, 9, 12)
+    assert "cache_per_1000_tokens_bytes" not in found[7].figures
+    assert "refuses text beyond 128 tokens" in found[9].meaning
+    assert [number for number, one in found.items() if "keeps no cache" in one.meaning] == [4, 12]
+    assert found[3].readings
+
+
 def test_windows_to_both_sides_are_counted_whole() -> None:
     assert admitted("modernbert").windows == (None, 2 * (WINDOW // 2) + 1)
     assert admitted("gemma2").windows == (WINDOW, None)
@@ -272,6 +281,10 @@ def test_tied_shards_of_half_precision(tmp_path: Path, texts: Material, hurried:
         (
             lambda: built("LongformerForMaskedLM", "LongformerConfig", {**OFFSET, "attention_window": 4}),
             "in each layer",
+        ),
+        (
+            lambda: built("BertLMHeadModel", "BertConfig", {**ENCODER, "is_decoder": True}),
+            "do not see what comes after",
         ),
         (lambda: built("FNetForMaskedLM", "FNetConfig", ENCODER), "does not show its attention"),
         (

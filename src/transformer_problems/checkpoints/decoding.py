@@ -34,7 +34,7 @@ class CachedText:
         """Logits of the next tokens, [1, n, V]; tokens: [1, n]."""
         with evaluating(self._subject.model):
             output = self._subject.model(input_ids=tokens, past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
         return cast("Tensor", output.logits)
 
     @property
@@ -42,6 +42,17 @@ class CachedText:
         """Bytes of what is kept between tokens."""
         kept = [getattr(layer, name, None) for layer in self._cache.layers for name in ("keys", "values")]
         return sum(part.nbytes for part in kept if isinstance(part, Tensor))
+
+
+def cache_bytes(subject: Subject, tokens: Tensor) -> float:
+    """Bytes that each of these tokens [1, N] leaves in the cache of all layers; none of a model that keeps none.
+
+    N must stay below the windows of layers that have some, since they keep no more.
+    """
+    try:
+        return CachedText(subject, tokens).state_bytes / tokens.shape[1]
+    except CombinationError:
+        return 0.0
 
 
 def uses_cache(subject: Subject) -> bool:

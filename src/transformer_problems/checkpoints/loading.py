@@ -293,8 +293,12 @@ def _check_shows_itself(subject: Subject) -> None:
     shown = [tuple(weights.shape[-2:]) for weights in seen.attentions if weights.dim() == 4]
     if len(seen.states) != layers + 1 or shown != [(num, num)] * layers or _is_negative(seen.attentions):
         raise CheckpointError(f"{name} does not have attention between all tokens in each layer. {_SUPPORTED}.")
-    if subject.kind == "causal" and any(bool(weights.triu(1).any()) for weights in seen.attentions):
-        raise CheckpointError(f"{name} is to write text, and its tokens see what comes after them. {_SUPPORTED}.")
+    looks_ahead = any(bool(weights.triu(1).any()) for weights in seen.attentions)
+    if looks_ahead != (subject.kind == "encoder"):
+        how = ("write", "see") if looks_ahead else ("read", "do not see")
+        raise CheckpointError(
+            f"{name} is to {how[0]} text, and its tokens {how[1]} what comes after them. {_SUPPORTED}."
+        )
     rounding = max(_SAME, _ROUNDINGS * torch.finfo(plain.dtype).eps)
     if float((seen.output - plain).float().norm()) > rounding * float(plain.float().norm()):
         raise CheckpointError(

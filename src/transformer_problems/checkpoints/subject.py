@@ -18,7 +18,7 @@ Inputs = Mapping[str, Tensor]
 
 _FIELDS_OF_LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 _FIELDS_OF_WINDOWS = ("sliding_window", "attention_chunk_size")
-POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding", "positions_embed")
 _LAYER_LISTS = ("layers", "layer", "h", "blocks", "albert_layer_groups")
 
 

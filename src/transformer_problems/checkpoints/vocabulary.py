@@ -26,7 +26,8 @@ def checked_texts(subject: Subject, material: Material) -> Material:
     if share > _REFUSED:
         raise ArgumentError(
             f"--data must hold texts that the tokenizer of {subject.name} knows; {share:.0%} of the tokens of "
-            f"{material.source} are unknown to it. Give texts that the model is made for, with --data FILE."
+            f"{material.source} are unknown to it. Give texts that the model is made for, with --data FILE, or the "
+            "tokenizer that it was trained with, with --tokenizer FOLDER."
         )
     if share < _TOLD:
         return material

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transformer_problems.checkpoints.checkup import Visit, estimate
-from transformer_problems.checkpoints.decoding import CachedText
+from transformer_problems.checkpoints.decoding import cache_bytes
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.findings import Curve, Examination, NotApplicable, Remedy
 from transformer_problems.core.records import Interval
@@ -101,10 +101,10 @@ def _gain_of_doubling(visit: Visit, length: int) -> float:
 
 
 def _stored_tokens(visit: Visit) -> int:
-    """Whose keys and values of one layer take as many bytes as the weights."""
+    """Whose keys and values of one layer take as many bytes as the weights; none without a cache."""
     subject, num = visit.subject, min(_CACHED, (visit.subject.narrowest or _CACHED + 1) - 1)
-    cached = CachedText(subject, visit.texts(1, num)["input_ids"])
-    return subject.weight_bytes * num * subject.num_layers // cached.state_bytes
+    each = cache_bytes(subject, visit.texts(1, num)["input_ids"])
+    return int(subject.weight_bytes * subject.num_layers / each) if each else 0
 
 
 def _meaning(subject: Subject, reach: Interval, tried: int, lengths: Lengths | None) -> str:
@@ -146,6 +146,7 @@ def _remedies(
     state = subject.num_layers * 2 * subject.embed_dim * 16 * width  # Gu and Dao 2023: twice the width, 16 numbers each
     fall = max(0.0, gain) * doublings
     size = f"{subject.weight_bytes / 1e6:.0f} MB"
+    store = f"recalls {stored:,} tokens by a store for one layer as large as its weights, {size}"
     return (
         rag,
         Remedy(
@@ -153,11 +154,7 @@ def _remedies(
             f"reaches {recurrent:,} tokens back, for {fall:.2f} nats less at the {gain:.2f} that doubling gave so far",
             recurrent / now,
         ),
-        Remedy(
-            "external-memory",
-            f"recalls {stored:,} tokens by a store for one layer as large as its weights, {size}",
-            stored / now,
-        ),
+        *((Remedy("external-memory", store, stored / now),) if stored else ()),
         Remedy("mamba", f"history of any length in a state of {state / 1e3:.0f} kB, from which details fade"),
     )
 

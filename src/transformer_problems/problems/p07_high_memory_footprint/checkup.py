@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from transformer_problems.checkpoints.checkup import Visit, exactly
-from transformer_problems.checkpoints.decoding import CachedText
+from transformer_problems.checkpoints.decoding import cache_bytes
 from transformer_problems.checkpoints.lengths import longest_input, sized, unit_of
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.dependencies import require
@@ -72,8 +72,8 @@ class MemoryCheckup:
         }
         if subject.kind == "causal":
             num = min(_CACHED, (subject.narrowest or _CACHED + 1) - 1)  # beyond, layers with windows keep no more
-            cached = CachedText(subject, visit.texts(1, num)["input_ids"])
-            figures["cache_per_1000_tokens_bytes"] = cached.state_bytes / num * subject.keys_met(1000)
+            if each := cache_bytes(subject, visit.texts(1, num)["input_ids"]):
+                figures["cache_per_1000_tokens_bytes"] = each * subject.keys_met(1000)
         how = "" if peak.measured >= longest else ", extrapolated"
         takes_more = subject.kind != "image" and subject.hard_limit is None
         room = f"; {_megabytes(memory)} hold {fits:,.0f} {unit}" if takes_more else ""
