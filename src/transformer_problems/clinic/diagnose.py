@@ -15,7 +15,7 @@ from transformer_problems import __version__
 from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.catalogue.checkups import CheckupEntry, load_checkups
 from transformer_problems.checkpoints.checkup import Visit
-from transformer_problems.checkpoints.foreign import caution_about
+from transformer_problems.checkpoints.foreign import caution_about, require_known
 from transformer_problems.checkpoints.loading import load_subject, subject_of
 from transformer_problems.checkpoints.material import (
     Material,
@@ -25,7 +25,6 @@ from transformer_problems.checkpoints.material import (
     own_texts,
 )
 from transformer_problems.checkpoints.subject import Subject
-from transformer_problems.checkpoints.vocabulary import checked_texts
 from transformer_problems.clinic.diagnosis import Description, Diagnosis
 from transformer_problems.core.errors import ArgumentError, TransformerProblemsError
 from transformer_problems.core.findings import SEVERITIES, Examination, Finding, NotApplicable, Reading
@@ -112,7 +111,9 @@ def material_for(subject: Subject, data: Path | None) -> Material:
     """
     if subject.kind == "image":
         return machines_images() if data is None else own_images(data)
-    return checked_texts(subject, machines_texts() if data is None else own_texts(data))
+    texts = machines_texts() if data is None else own_texts(data)
+    require_known(subject, texts)
+    return texts
 
 
 def begin(visit: Visit) -> Diagnosis:
@@ -135,8 +136,7 @@ def begin(visit: Visit) -> Diagnosis:
 def _caution(visit: Visit) -> str | None:
     try:
         return caution_about(visit)
-    except Exception:  # a model or material that cannot be read is told by each check-up that reads it
-        _LOG.debug("whether the material is foreign could not be told", exc_info=True)
+    except TransformerProblemsError:  # material too short for this is told by each check-up that needs more
         return None
 
 
