@@ -33,10 +33,9 @@ def count_flops(function: Callable[[], object]) -> int:
             products nobody can see; the message says how to unfuse it.
     """
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        if not torch.is_grad_enabled():
-            # it tells modules apart, which is not asked here, by the gradients of their inputs, and a view of a
-            # parameter that is taken without gradients (DeBERTa's table of distances) claims to have one
-            counter.mod_tracker.__exit__()
+        # it tells modules apart by hooks on each, which is not asked here, takes as long as the counting, and fails
+        # at views of parameters that are taken without gradients (DeBERTa's table of distances)
+        counter.mod_tracker.__exit__()
         function()
     total: int = counter.get_total_flops()
     return total

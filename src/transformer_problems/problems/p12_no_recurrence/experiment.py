@@ -59,7 +59,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(tuple(64 << i for i in range(6)), 2, 64, 2, steps=30, batch_size=16, num_windows=4, seeds=1),
+    "quick": _Size(tuple(64 << i for i in range(5)), 2, 64, 2, steps=30, batch_size=16, num_windows=4, seeds=1),
     "standard": _Size(tuple(64 << i for i in range(7)), 5, 64, 2, steps=200, batch_size=16, num_windows=16, seeds=3),
     "full": _Size(tuple(64 << i for i in range(9)), 9, 256, 6, steps=10_000, batch_size=64, num_windows=64, seeds=5),
 }
