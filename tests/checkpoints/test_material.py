@@ -58,9 +58,10 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
         own_images(tmp_path / "none")
 
 
-def test_images_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "cats").mkdir()
-    Image.fromarray(np.full((40, 60, 3), 255, dtype=np.uint8)).save(tmp_path / "cats" / "a.png")
+@pytest.mark.parametrize("folder", ["cats", "."])
+def test_images_of_a_folder(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    Image.fromarray(np.full((40, 60, 3), 255, dtype=np.uint8)).save(tmp_path / folder / "a.png")
     found = own_images(tmp_path).images
     assert found is not None
     assert found.shape[:2] == (1, 3)

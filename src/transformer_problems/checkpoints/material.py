@@ -76,7 +76,7 @@ def own_images(path: Path) -> Material:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is left out changes no reading
-        found = load_image_folder(path, size=_IMAGE_SIDE)
+        found = load_image_folder(path, size=_IMAGE_SIDE, flat=True)
     return Material(str(path), images=found.pixels.float() / 255, classes=found.classes, own=True)
 
 

@@ -17,7 +17,7 @@ class ClassFiles:
     num_left_out: int
 
 
-def files_by_class(path: Path, suffixes: tuple[str, ...], *, strict: bool = False) -> ClassFiles:
+def files_by_class(path: Path, suffixes: tuple[str, ...], *, strict: bool = False, flat: bool = False) -> ClassFiles:
     """The files of each class: every one below the sub-folder of that name, however deep.
 
     Hidden files and folders are skipped. What else is left out, a warning counts: files of other types or in no
@@ -27,11 +27,15 @@ def files_by_class(path: Path, suffixes: tuple[str, ...], *, strict: bool = Fals
         path: A folder with one sub-folder for each class.
         suffixes: In small letters, with the dot; they match capitals too.
         strict: Refuse the folder where anything would be left out.
+        flat: Take a folder without sub-folders as one class.
 
     Raises:
-        ArgumentError: If there is no such folder, it has no sub-folders, or one of them holds no such file.
+        ArgumentError: If there is no such folder, it has no sub-folders and may not be flat, or one of them holds no
+            such file.
     """
     folders, files = entries_of(path)
+    if flat and not folders:
+        folders, files = [path], []
     if not folders:
         raise ArgumentError(f"path must hold a sub-folder for each class; {path} has none. Sort its files into some.")
     by_class: dict[str, list[Path]] = {}

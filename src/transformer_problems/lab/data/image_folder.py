@@ -20,7 +20,12 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.e
 
 
 def load_image_folder(
-    path: Path | str, *, size: int, strict: bool = False, progress: Callable[[float], None] | None = None
+    path: Path | str,
+    *,
+    size: int,
+    strict: bool = False,
+    flat: bool = False,
+    progress: Callable[[float], None] | None = None,
 ) -> LabelledImages:
     """Every image below a folder, as colours, scaled to cover a square and cropped to its middle.
 
@@ -32,6 +37,7 @@ def load_image_folder(
         path: A folder with a sub-folder for each class, itself of any depth. Hidden files are skipped.
         size: Pixels of each side, in the result.
         strict: Refuse the folder at the first file or folder that would be left out.
+        flat: Take a folder without sub-folders as one class.
         progress: Called with the share of the files done.
 
     Raises:
@@ -39,7 +45,7 @@ def load_image_folder(
     """
     require_positive_int(size=size)
     path = Path(path)
-    found = files_by_class(path, IMAGE_SUFFIXES, strict=strict)
+    found = files_by_class(path, IMAGE_SUFFIXES, strict=strict, flat=flat)
     files = found.by_class
     total = sum(map(len, files.values()))
     images: list[Tensor] = []
