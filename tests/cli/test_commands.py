@@ -20,7 +20,7 @@ import torch
 
 from transformer_problems.catalogue import load_catalogue
 
-PROGRAM = [sys.executable, "-c", "from transformer_problems.cli import main; main()"]
+PROGRAM = [sys.executable, "-m", "transformer_problems"]
 
 
 def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
