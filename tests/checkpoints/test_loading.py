@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from transformer_problems.checkpoints import loading
 from transformer_problems.checkpoints.bundled import bundled, load_bundled
+from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject, subject_of
+from transformer_problems.checkpoints.material import machines_texts
+from transformer_problems.clinic.diagnose import begin
 from transformer_problems.core.errors import CheckpointError
 
 
@@ -206,6 +209,22 @@ def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
 def test_an_id_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "could not be had as an id" in refusal("nobody/nothing-of-this-name")
+
+
+def test_float16_on_a_cpu_is_examined_in_float32_and_told(folder: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    subject = load_subject(folder)
+    assert subject.dtype == torch.float32
+    loaded = subject.model.state_dict()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in weights.items())
+    told = begin(Visit(subject, machines_texts())).caution
+    assert told is not None
+    assert "stored in float16" in told
+    with pytest.raises(CheckpointError, match=r"model.float\(\)"):
+        subject_of(subject.model.half(), subject.tokenizer)
 
 
 def test_a_model_in_memory() -> None:

@@ -27,12 +27,15 @@ _MOST_WORDS = 40  # of what from_pretrained tells: its first line alone often sa
 _IMAGE_MODELS = ("vit", "deit", "beit", "swin", "swinv2", "dinov2", "dinov2_with_registers")
 _TRIED = 12  # tokens of the pass that shows whether a model can be examined
 _SAME, _ROUNDINGS = 1e-3, 32  # how far two ways to compute one answer may be apart, and at least, in roundings
+_WIDENED = (
+    "it is stored in float16 and examined in float32, which a CPU computes faster: bytes of weights are twice as many"
+)
 
 
 def load_subject(
     model: str | Path, *, device: torch.device | str = "cpu", allow_pickle: bool = False, tokenizer: Path | None = None
 ) -> Subject:
-    """Read a checkpoint in the layout of Hugging Face, in the precision that its config names.
+    """Read a checkpoint in the layout of Hugging Face, in the precision of its weights; on a CPU float16 as float32.
 
     A name that is a folder here is read from it. Any other of the form "owner/name" is an id, taken from the local
     cache or, if it is not there, downloaded; nothing else reaches for the network.
@@ -57,9 +60,13 @@ def load_subject(
             _check_readable(file)
     _check_room(sum(file.stat().st_size for file in files), folder, torch.device(device))
     with _quiet(transformers):
-        loaded = _load_model(transformers, name, folder, files)
+        loaded = _load_model(transformers, name, folder, files).to(device).eval()
         reader = _load_reader(transformers, kind, tokenizer or folder, folder)
-        subject = Subject(folder.name, kind, loaded.to(device).eval(), reader)
+        caution = None
+        if _is_half_on_cpu(loaded):
+            _check_room(2 * loaded.num_parameters() * loaded.dtype.itemsize, folder, loaded.device)
+            loaded, caution = loaded.float(), _WIDENED
+        subject = Subject(folder.name, kind, loaded, reader, caution)
         _check_shows_itself(subject)
     return subject
 
@@ -87,10 +94,20 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
         raise CheckpointError(
             f"tokenizer must be one of transformers; got {type(tokenizer).__name__}. Load it with AutoTokenizer."
         )
+    if _is_half_on_cpu(model):
+        raise CheckpointError(
+            f"model must not be in float16 on a CPU, which multiplies it number by number; {type(model).__name__} is. "
+            "Pass model.float() or model.bfloat16(), or move it to a GPU."
+        )
     subject = Subject(name or type(model).__name__, kind, model, tokenizer)
     with _quiet(transformers):
         _check_shows_itself(subject)
     return subject
+
+
+def _is_half_on_cpu(model: Any) -> bool:
+    """Whether a pass would take many times as long as in float32."""
+    return bool(model.device.type == "cpu" and model.dtype == torch.float16)
 
 
 def _folder(model: str) -> Path:
@@ -204,7 +221,7 @@ def _check_room(num_bytes: int, folder: Path, device: torch.device) -> None:
         )
 
 
-def _load_model(transformers: Any, name: str, folder: Path, files: list[Path]) -> nn.Module:
+def _load_model(transformers: Any, name: str, folder: Path, files: list[Path]) -> Any:
     """The model with every weight in place; what it lacks or has too much of is told, not filled in at random."""
     is_pickle = files[0].suffix == ".bin"
     try:
@@ -238,8 +255,7 @@ def _load_model(transformers: Any, name: str, folder: Path, files: list[Path]) -
         )
     if bad := next((key for key, part in loaded.named_parameters() if not bool(part.isfinite().all())), None):
         raise CheckpointError(f"{folder} holds weights that are not finite ({bad}). Take an earlier checkpoint.")
-    model: nn.Module = loaded
-    return model
+    return loaded
 
 
 def _first_of_a_further_layer(model: nn.Module, left_over: Collection[str]) -> str | None:

@@ -47,12 +47,14 @@ class Subject:
         model: A transformers model.
         tokenizer: A transformers tokenizer; of an image model its image processor, or none, which takes means and
             deviations of 0.5.
+        caution: What the reader has to know of how it was loaded, before the findings.
     """
 
     name: str
     kind: Kind
     model: nn.Module
     tokenizer: Any = None
+    caution: str | None = None
 
     @property
     def config(self) -> Any:

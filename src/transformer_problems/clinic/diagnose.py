@@ -134,10 +134,12 @@ def begin(visit: Visit) -> Diagnosis:
 
 
 def _caution(visit: Visit) -> str | None:
+    """What the reader has to know before the findings: of how the model was loaded, and of the texts."""
     try:
-        return caution_about(visit)
+        of_texts = caution_about(visit)
     except TransformerProblemsError:  # material too short for this is told by each check-up that needs more
-        return None
+        of_texts = None
+    return "; ".join(told for told in (visit.subject.caution, of_texts) if told) or None
 
 
 def finished(found: Diagnosis) -> Diagnosis:

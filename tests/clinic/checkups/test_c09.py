@@ -82,7 +82,7 @@ def test_rope_scaling_is_promised_by_trying_it(causal: Subject, encoder: Subject
     ill = _examined(FAULT.plant(causal, 0), texts)
     promises = {remedy.solution: remedy.promise for remedy in ill.remedies}
     assert set(promises) == {"rope-scaling", "alibi", "relative-pe", "length-extrapolation"}
-    assert f"where there are {ill.readings['beyond_loss'].value:+.2f}" in promises["rope-scaling"]
+    assert f"of the {ill.readings['beyond_loss'].value:.2f} nats a token" in promises["rope-scaling"]
     assert "rope-scaling" not in {remedy.solution for remedy in _examined(encoder, texts).remedies}
 
 

@@ -136,7 +136,7 @@ def _remedies(
     now = max(1.0, reach * window)
     room = max(1, window // (2 * _PASSAGE))
     corpus = lengths.total if lengths else window
-    promise = f"finds the right passages in any number of them; {room:,} of {_PASSAGE} tokens fill half its window"
+    promise = f"finds the right passages in any number of them; half its window holds {room:,} of {_PASSAGE} tokens"
     rag = Remedy("rag", promise, max(1.0, corpus / now))
     if gain is None:
         return (rag,)

@@ -104,10 +104,11 @@ def _remedies(
     if tried and losses:
         way, after = min(tried, key=lambda one: one[1])
         now = losses[1] - losses[0]
+        left = f"{after:.2f}" if after > 0 else "none"
         best = (
             Remedy(
                 "rope-scaling",
-                f"tried on it: {way} leaves {after:+.2f} nats a token beyond, where there are {now:+.2f}",
+                f"tried on it: {way} leaves {left} of the {now:.2f} nats a token that reading on costs",
                 max(now, _LEAST_EXTRA) / max(after, _LEAST_EXTRA),
             ),
         )
