@@ -41,7 +41,9 @@ class ReachCheckup:
         tried = _NUM_BLOCKS * block  # the token that is read, and a rest, stay as they are
         effects = _effects(visit, length, block)
         if not bool((effects[:, 0] > 0).all()):
-            return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
+            return NotApplicable(
+                "the texts repeat themselves, so that one part in place of another changes nothing. Give more of them"
+            )
         shares = effects / effects[:, :1]  # [texts, blocks], the nearest first
         farthest = (shares > _FELT).long() * torch.arange(1, _NUM_BLOCKS + 1)
         reach = estimate(farthest.amax(dim=1).double() / _NUM_BLOCKS)

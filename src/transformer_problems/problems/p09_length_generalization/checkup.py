@@ -104,7 +104,7 @@ def _remedies(
     if tried and losses:
         way, after = min(tried, key=lambda one: one[1])
         now = losses[1] - losses[0]
-        left = f"{after:.2f}" if after > 0 else "none"
+        left = f"{after:.2f}" if after > 0.005 else "none"
         best = (
             Remedy(
                 "rope-scaling",

@@ -39,7 +39,9 @@ class NoiseCheckup:
         apart = (_told(subject, _states(subject, others.alone())) - told).norm(dim=1)
         differ = apart > 0
         if 2 * int(differ.sum()) < len(apart):
-            return NotApplicable("it reads the texts as one token again and again. Give such as it was trained on")
+            return NotApplicable(
+                "the texts repeat themselves, so that one part in place of another changes nothing. Give more of them"
+            )
 
         def moved(states: Tensor) -> Tensor:
             change: Tensor = (_told(subject, states) - told).norm(dim=1)
