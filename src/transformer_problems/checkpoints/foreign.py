@@ -52,7 +52,10 @@ def caution_about(visit: Visit) -> str | None:
         return None
     share = _unknown_share(subject, _tokens(subject, visit.material))
     if share >= _TOLD:
-        return f"its tokenizer does not know {share:.0%} of these texts: give such as it was made for by --data"
+        return (
+            f"its tokenizer does not know {share:.0%} of these texts, so that findings may say little: give others by "
+            "--data"
+        )
     if subject.kind != "causal":
         return None
     loss = float(subject.losses(visit.inputs(_NUM_READ, _LENGTH)).mean())
@@ -61,7 +64,7 @@ def caution_about(visit: Visit) -> str | None:
         return None
     return (
         f"it foretells these texts little better than chance ({loss:.1f} nats a token, chance {chance:.1f}): it is "
-        "untrained, or needs other texts by --data"
+        "untrained, or needs other texts by --data, and findings may say little"
     )
 
 
