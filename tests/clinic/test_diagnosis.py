@@ -1,6 +1,8 @@
 """What a diagnosis holds is what its page in docs says."""
 
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from transformer_problems import diagnose
 from transformer_problems.catalogue.checkups import CheckupEntry
 from transformer_problems.checkpoints.bundled import bundled
 from transformer_problems.checkpoints.loading import load_subject
-from transformer_problems.clinic.diagnose import judge
+from transformer_problems.clinic.diagnose import _give_back_memory, judge
 from transformer_problems.clinic.diagnosis import failing
 from transformer_problems.core.errors import ArgumentError, CheckpointError
 from transformer_problems.core.findings import Examination, Finding, Remedy, Threshold
@@ -99,3 +101,19 @@ def test_what_cannot_be_examined_is_refused() -> None:
 def test_a_wrong_argument_is_told_before_anything_is_read(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ArgumentError, match=told):
         diagnose("/no/such/folder", **wrong)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told by /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    kept = []
+    for _ in range(2_000):  # what is kept lies between what is freed, so that the heap's end cannot move
+        freed = bytearray(60_000)
+        kept.append(bytearray(2_000))
+        kept.append(freed)
+    del kept[1::2], freed
+    held = resident_bytes()
+    _give_back_memory()
+    assert held - resident_bytes() > 60_000_000

@@ -17,7 +17,7 @@ from transformer_problems.core.seeding import generator
 from transformer_problems.lab.meters.roofline import Roofline, measure_roofline
 from transformer_problems.lab.statistics import mean_interval
 
-ARRAY_BYTES = 2**26  # of what is copied to measure the bandwidth: a check-up is to take little memory
+ARRAY_BYTES = 2**25  # of what is copied to measure the bandwidth: a check-up is to take little memory
 _MOST_CHARACTERS_A_TOKEN = 64  # a word that a tokenizer does not know is one token, however long
 
 

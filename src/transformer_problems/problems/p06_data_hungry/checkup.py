@@ -11,7 +11,6 @@ from transformer_problems.checkpoints.checkup import Visit, estimate
 from transformer_problems.checkpoints.material import Material
 from transformer_problems.checkpoints.subject import Inputs, Kind, Subject
 from transformer_problems.core.findings import Curve, Examination, NotApplicable, Remedy
-from transformer_problems.lab.data.digits import load_digit_images
 from transformer_problems.problems.p06_data_hungry.untrained import untrained
 
 _NUM_PIECES, _LENGTH = 96, 32  # each piece of text once whole and once corrupted
@@ -121,6 +120,8 @@ def _sorted_images(material: Material) -> tuple[Material, str]:
             kept = kept[torch.arange(_NUM_IMAGES) * len(kept) // _NUM_IMAGES]
             classes = material.classes[kept].unique(return_inverse=True)[1]
             return Material("own", images=material.images[kept], classes=classes), f"{len(common)} classes of images"
+    from transformer_problems.lab.data.digits import load_digit_images  # brings scikit-learn into memory
+
     digits = load_digit_images()[1].take(torch.arange(_NUM_IMAGES))
     return Material("digits", images=digits.pixels.expand(-1, 3, -1, -1), classes=digits.classes), "ten digits"
 
