@@ -1,6 +1,7 @@
 """Whether the texts of an examination are such as the model knows: findings on others say little about it."""
 
 from math import log
+from typing import Any, cast
 
 import torch
 
@@ -86,7 +87,7 @@ def _require_embedded(subject: Subject, largest: int) -> None:
     """Tokens of text, and the one that hides others from a masked model, all have an embedding."""
     if subject.kind == "encoder":
         largest = max(largest, getattr(subject.tokenizer, "mask_token_id", None) or 0)
-    num_known = subject.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    num_known = cast("Any", subject.model).get_input_embeddings().num_embeddings
     if largest >= num_known:
         raise CheckpointError(
             f"the tokenizer of {subject.name} gives the token {largest:,}, and the model knows {num_known:,}. Name the "

@@ -37,7 +37,7 @@ class Diagnosis:
         material: Where the texts or images come from.
         findings: In order of their problems.
         complete: Whether every check-up that was asked for has ended.
-        caution: Why findings may say little about the model, where the material is foreign to it.
+        caution: What to know before the findings: that the material is foreign to the model, or how it was loaded.
     """
 
     model: Description
