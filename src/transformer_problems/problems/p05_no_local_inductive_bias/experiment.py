@@ -52,7 +52,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size((20, 90, 1400), (20, 90, 270), 8, 60, 20, batch_size=32, seeds=1),
+    "quick": _Size((20, 90, 1400), (20, 90, 270), 8, 180, 60, batch_size=32, seeds=1),
     "standard": _Size((20, 90, 350, 1400), (20, 90, 270), 8, 300, 200, batch_size=32, seeds=5),
     "full": _Size((20, 90, 350, 1400), (20, 90, 270), 32, 3_000, 2_000, batch_size=64, seeds=10),
 }

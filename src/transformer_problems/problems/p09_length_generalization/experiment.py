@@ -63,7 +63,7 @@ class _Size:
 
 
 _SIZES: dict[Scale, _Size] = {
-    "quick": _Size(64, 2, steps=55, batch_size=32, tuning_steps=10, num_windows=16, num_passkeys=32, seeds=1),
+    "quick": _Size(64, 2, steps=160, batch_size=32, tuning_steps=10, num_windows=16, num_passkeys=32, seeds=1),
     "standard": _Size(64, 3, steps=400, batch_size=32, tuning_steps=40, num_windows=48, num_passkeys=96, seeds=3),
     "full": _Size(256, 6, steps=10_000, batch_size=64, tuning_steps=500, num_windows=512, num_passkeys=1024, seeds=5),
 }
