@@ -43,3 +43,26 @@ def test_texts_of_unequal_length_are_padded_at_their_end(subject: Subject) -> No
     padded = visit.padded(rows)
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert torch.equal(padded["input_ids"][0, :3], rows[0])
+
+
+@pytest.mark.parametrize(
+    ("weight_bytes", "device", "array_bytes"),
+    [
+        (10**6, "cpu", 2**25),
+        (10**8, "cpu", 5 * 10**7),  # the two arrays together as large as what a pass reads
+        (10**10, "cpu", 2**28),
+        (10**6, "cuda", 2**28),
+    ],
+)
+def test_bandwidth_is_told_by_arrays_as_large_as_the_weights(weight_bytes: int, device: str, array_bytes: int) -> None:
+    class Weighed(Subject):
+        @property
+        def weight_bytes(self) -> int:
+            return weight_bytes
+
+        @property
+        def device(self) -> torch.device:
+            return torch.device(device)
+
+    visit = Visit(Weighed("model", "causal", torch.nn.Linear(1, 1)), Material("own"))
+    assert visit.array_bytes == array_bytes

@@ -17,7 +17,7 @@ from transformer_problems.core.seeding import generator
 from transformer_problems.lab.meters.roofline import Roofline, measure_roofline
 from transformer_problems.lab.statistics import mean_interval
 
-ARRAY_BYTES = 2**25  # of what is copied to measure the bandwidth: a check-up is to take little memory
+_ARRAY_BYTES = (2**25, 2**28)  # the least and the most that is copied to measure the bandwidth
 _MOST_CHARACTERS_A_TOKEN = 64  # a word that a tokenizer does not know is one token, however long
 
 
@@ -113,7 +113,17 @@ class Visit:
     @cached_property
     def roofline(self) -> Roofline:
         """What this machine can do at most, measured once a visit."""
-        return measure_roofline(self.subject.device, self.subject.dtype, array_bytes=ARRAY_BYTES)
+        return measure_roofline(self.subject.device, self.subject.dtype, array_bytes=self.array_bytes)
+
+    @property
+    def array_bytes(self) -> int:
+        """Of each of the two arrays whose copy tells the bandwidth.
+
+        Together as large as the weights, which is what a pass reads: a check-up is to take little memory, and what
+        fits a cache in use fits it here. A GPU has room for arrays beyond its cache.
+        """
+        least, most = _ARRAY_BYTES
+        return most if self.subject.device.type == "cuda" else min(max(self.subject.weight_bytes // 2, least), most)
 
     def _tokens(self, text: str, length: int) -> list[int]:
         tokens: list[int] = self.subject.tokenizer(text, truncation=True, max_length=length)["input_ids"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import ndtr, stdtrit
 
 from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
@@ -95,12 +95,14 @@ def fit_exponent(x: npt.ArrayLike, y: npt.ArrayLike) -> Interval:
     _require_above_zero("x", points)
     _require_above_zero("y", samples)
     log_x, log_y = np.log(points), np.log(samples).mean(axis=0)
+    from scipy import stats  # here, as in `share_interval`
+
     fit = stats.linregress(log_x, log_y)
     # From the residuals themselves: linregress's stderr, by way of r, is off by 1e-8 on exact power laws.
     residuals = log_y - (fit.intercept + fit.slope * log_x)
     freedom = len(points) - 2
     error = np.sqrt((residuals**2).sum() / freedom / ((log_x - log_x.mean()) ** 2).sum())
-    half = stats.t.ppf(0.975, freedom) * error
+    half = stdtrit(freedom, 0.975) * error
     return Interval(float(fit.slope), float(fit.slope - half), float(fit.slope + half))
 
 
@@ -115,6 +117,8 @@ def share_interval(successes: int, trials: int) -> Interval:
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ArgumentError(f"successes must be from 0 to trials, of at least one; got {successes} of {trials}.")
+    from scipy import stats  # here, for it takes most of a second and 60 MB that check-ups spare
+
     bounds = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     return Interval(successes / trials, float(bounds.low), float(bounds.high))
 
@@ -125,8 +129,8 @@ def _expanded_bounds(samples: Samples) -> tuple[float, float]:
     num = num_seeds if num_seeds > 1 else num_examples
     if num == 1:
         return 2.5, 97.5
-    reach = np.sqrt(num / (num - 1)) * stats.t.ppf(0.975, num - 1)
-    tail = 100 * float(stats.norm.cdf(-reach))
+    reach = np.sqrt(num / (num - 1)) * stdtrit(num - 1, 0.975)
+    tail = 100 * float(ndtr(-reach))
     return tail, 100 - tail
 
 

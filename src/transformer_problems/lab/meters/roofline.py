@@ -82,7 +82,8 @@ def measure_roofline(device: torch.device, dtype: torch.dtype, *, array_bytes: i
             f"dtype must be float32, float64, bfloat16 or float16, in which matrices are multiplied; got {dtype}. "
             "Choose torch.float32 or torch.bfloat16."
         )
-    return Roofline(_peak_flops_per_s(device, dtype), measure_bandwidth(device, array_bytes=array_bytes))
+    bytes_per_s = measure_bandwidth(device, array_bytes=array_bytes)  # first: what it took goes back to the system
+    return Roofline(_peak_flops_per_s(device, dtype), bytes_per_s)
 
 
 @torch.no_grad()

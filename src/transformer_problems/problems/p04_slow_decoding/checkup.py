@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformer_problems.checkpoints.checkup import ARRAY_BYTES, Visit, estimate, exactly
+from transformer_problems.checkpoints.checkup import Visit, estimate, exactly
 from transformer_problems.checkpoints.decoding import CachedText, next_token_flops, uses_cache
 from transformer_problems.checkpoints.lengths import arithmetic_by_length, longest_input
 from transformer_problems.checkpoints.subject import Kind, Subject
@@ -61,7 +61,7 @@ class DecodingCheckup:
         per_word = estimate([words * seconds for seconds in speed.steps_s])
         accepted = _lookup_acceptance(subject, texts)
         bound_s = subject.weight_bytes / (
-            measure_bandwidth(subject.device, array_bytes=ARRAY_BYTES) / 2
+            measure_bandwidth(subject.device, array_bytes=visit.array_bytes) / 2
         )  # it counts reads and writes
         own_s = speed.step_s if uses_cache(subject) else speed.pass_s
         figures = {

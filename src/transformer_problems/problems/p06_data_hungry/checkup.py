@@ -18,7 +18,7 @@ _NUM_IMAGES, _MOST_CLASSES = 128, 10
 _REPLACED = 0.15  # of a piece's tokens, as in ELECTRA (Clark et al. 2020, arXiv:2003.10555)
 _LABELS, _SIZES = 40, (6, 10, 20, 40, 64)
 _NUM_DRAWS, _NUM_CURVE_DRAWS = 16, 6
-_BATCH = 16
+_BATCH = 8  # a copy of the model is in memory beside it
 _TOO_EASY = 0.9  # accuracy of random weights from which the task says nothing about training
 
 
