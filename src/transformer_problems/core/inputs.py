@@ -21,6 +21,19 @@ def check_floating(name: str, x: Tensor) -> None:
         raise ArgumentError(f"{name} must be floating point; got {shown(x)}. Pass {name}.float(), or embed it first.")
 
 
+def check_tokens(tokens: Tensor, name: str = "tokens") -> None:
+    """Refuse what is no batch of tokens.
+
+    Raises:
+        ArgumentError: Unless they are whole numbers [B, N].
+    """
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ArgumentError(
+            f"{name} must be whole numbers [B, N]; got {shown(tokens)}. Give one sequence as {name}[None], others as "
+            f"{name}.long()."
+        )
+
+
 def check_same_dtype(name: str, x: Tensor, weight: Tensor, owner: str) -> None:
     """Refuse an input of another dtype than the weight that it meets first; autocast makes them alike itself.
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from transformer_problems.core.arguments import require_multiple, require_positive
 from transformer_problems.core.errors import ArgumentError, OutputError
+from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.inputs import check_tokens
 from transformer_problems.core.slots import token_positions
 from transformer_problems.kernels.linear import Linear, linear
 from transformer_problems.kernels.rms_norm import RMSNorm
 from transformer_problems.models.block import TransformerBlock
-from transformer_problems.models.stack import StackState, TransformerLayers, check_state, check_tokens
+from transformer_problems.models.stack import StackState, TransformerLayers, check_state
 from transformer_problems.solutions.attention.self_attention import SelfAttention
 from transformer_problems.solutions.normalization.pre_norm import PreNorm
 from transformer_problems.solutions.position.rotary import RotaryEmbedding
@@ -227,7 +229,8 @@ class LlamaDecoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        check_tokens(tokens, key_mask)
+        check_tokens(tokens)
+        check_key_mask(key_mask, tokens)
         if positions is None:
             positions = token_positions(tokens.shape[1], tokens.device)
         return self._logits(self.blocks(self.embedding(tokens), key_mask=key_mask, positions=positions))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
+from transformer_problems.core.heads import check_key_mask
+from transformer_problems.core.inputs import check_tokens
 from transformer_problems.core.token_slots import Attended, TokenReducer, Tokens
 from transformer_problems.models.block import TransformerBlock
 from transformer_problems.models.encoder import Encoder
-from transformer_problems.models.stack import check_tokens
 from transformer_problems.solutions.attention.watched import WatchedAttention
 
 
@@ -61,7 +62,8 @@ class ReducingEncoder(nn.Module):
         self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tokens, ...]:
         """What is left after each layer, before the final norm and the head."""
-        check_tokens(tokens, key_mask)
+        check_tokens(tokens)
+        check_key_mask(key_mask, tokens)
         body = self.encoder.body
         if positions is None:
             positions = body.choose_positions(tokens.shape[1], tokens.device)

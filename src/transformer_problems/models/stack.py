@@ -12,7 +12,7 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.fit import check_built_for, check_makes_layers, check_mixer_fit, check_skips_fit
 from transformer_problems.core.heads import check_key_mask
-from transformer_problems.core.inputs import shown
+from transformer_problems.core.inputs import check_tokens
 from transformer_problems.core.slots import LongSkips, PositionEncoding, TokenMixer, token_positions
 from transformer_problems.models.block import ResidualFactory, TransformerBlock
 from transformer_problems.solutions.normalization.pre_norm import PreNorm
@@ -138,7 +138,8 @@ class TransformerStack(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        check_tokens(tokens, key_mask)
+        check_tokens(tokens)
+        check_key_mask(key_mask, tokens)
         if positions is None:
             positions = self.choose_positions(tokens.shape[1], tokens.device)
         x = self.blocks(self.embed(tokens, positions), key_mask=key_mask, positions=positions, skips=self.skips)
@@ -227,20 +228,6 @@ def _checked(mixer: TokenMixer, embed_dim: int, is_causal: bool) -> TokenMixer:
             f"is_causal={mixer.is_causal}. Build it with is_causal={is_causal}."
         )
     return mixer
-
-
-def check_tokens(tokens: Tensor, key_mask: Tensor | None = None) -> None:
-    """Refuse what is no batch of tokens, or no key mask of them.
-
-    Raises:
-        ArgumentError: Unless tokens are whole numbers [B, N], and the mask None or bool [B, N].
-    """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ArgumentError(
-            f"tokens must be whole numbers [B, N]; got {shown(tokens)}. Give one sequence as tokens[None], others as "
-            "tokens.long()."
-        )
-    check_key_mask(key_mask, tokens)
 
 
 def check_state(state: StackState) -> None:

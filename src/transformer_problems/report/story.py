@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from transformer_problems.catalogue import Catalogue, Problem, Reference, Treatment
+from transformer_problems.checkpoints.sizes import told_bytes
 from transformer_problems.core.summaries import ProblemSummary, Row
 from transformer_problems.report.colours import VERDICT_MARKS, dark_theme
 from transformer_problems.report.figures import provenance
@@ -99,6 +100,7 @@ def render(template: str, **context: Any) -> str:
     )
     environment.filters |= {
         "amount": format_amount,
+        "told_bytes": told_bytes,
         "bytes": format_bytes,
         "interval": format_interval,
         "limit": format_limit,

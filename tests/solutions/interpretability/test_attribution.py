@@ -58,7 +58,7 @@ def test_every_explainer_gives_one_finite_score_a_token_and_says_what_it_means(m
         (TOKENS - 2, {}, "tokens must be from 0 to 9; got -1"),
         (TOKENS[0], {}, r"tokens must be whole numbers \[B, N\]; got torch.int64 \[4\]. Give one sequence as tokens"),
         (TOKENS.float(), {}, r"tokens must be whole numbers \[B, N\]; got torch.float32 \[2, 4\]"),
-        ([[3, 1]], {}, r"tokens must be whole numbers \[B, N\]; got list"),
+        ([[3, 1]], {}, r"tokens must be whole numbers \[B, N\]; got \[\[3, 1\]\]"),
         (TOKENS[:, :0], {}, r"tokens must hold a token at least; got \[2, 0\]"),
         (TOKENS, {"key_mask": torch.ones(2, 4)}, r"key_mask must be bool \[2, 4\]"),
         (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transformer_problems.checkpoints.checkup import Visit, estimate
 from transformer_problems.checkpoints.decoding import cache_bytes
+from transformer_problems.checkpoints.sizes import told_bytes
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.findings import Curve, Examination, NotApplicable, Remedy
 from transformer_problems.core.records import Interval
@@ -147,7 +148,7 @@ def _remedies(
     doublings = log2(recurrent / window)
     state = subject.num_layers * 2 * subject.embed_dim * 16 * width  # Gu and Dao 2023: twice the width, 16 numbers each
     fall = max(0.0, gain) * doublings
-    size = f"{subject.weight_bytes / 1e6:.0f} MB"
+    size = told_bytes(subject.weight_bytes)
     store = f"recalls {stored:,} tokens by a store for one layer as large as its weights, {size}"
     return (
         rag,

@@ -11,6 +11,7 @@ import torch
 from transformer_problems.checkpoints.checkup import Visit, exactly
 from transformer_problems.checkpoints.decoding import cache_bytes
 from transformer_problems.checkpoints.lengths import longest_input, sized, unit_of
+from transformer_problems.checkpoints.sizes import told_bytes
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.findings import Curve, Examination, Remedy
@@ -76,9 +77,9 @@ class MemoryCheckup:
                 figures["cache_per_1000_tokens_bytes"] = each * subject.keys_met(1000)
         how = "" if peak.measured >= longest else ", extrapolated"
         takes_more = subject.kind != "image" and subject.hard_limit is None
-        room = f"; {_megabytes(memory)} hold {fits:,.0f} {unit}" if takes_more else ""
+        room = f"; {told_bytes(memory)} hold {fits:,.0f} {unit}" if takes_more else ""
         meaning = (
-            f"{longest:,} {unit} take {_megabytes(peak.at(longest))} beside {_megabytes(weights)} of weights{how}; "
+            f"{longest:,} {unit} take {told_bytes(peak.at(longest))} beside {told_bytes(weights)} of weights{how}; "
             f"{scores / whole:.0%} of all are scores{room}"
         )
         readings = {"peak_share": exactly(whole / memory), "score_share": exactly(scores / whole)}
@@ -121,13 +122,6 @@ def _longest_that_fits(peak: _Peak, num_bytes: float) -> float:
     return min(by_answers, (root - peak.layers) / (2 * peak.square))
 
 
-def _megabytes(num_bytes: float) -> str:
-    for size, name in ((1e9, "GB"), (1e6, "MB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {name}"
-    return f"{num_bytes / 1e3:,.0f} kB"
-
-
 def _curve(peak: _Peak, weights: int, visit: Visit) -> Curve:
     longest, unit = longest_input(visit.subject), unit_of(visit.subject)
     lengths = [longest * 2.0**step for step in range(-4, 3)]
@@ -151,9 +145,9 @@ def _remedies(subject: Subject, peak: _Peak, figures: Mapping[str, float]) -> tu
     weights, linear, scores = figures["weight_bytes"], peak.without_scores(longest), figures["score_bytes"]
     whole = weights + linear + scores
     if scores:
-        flash = f"{_megabytes(whole)} to {_megabytes(weights + linear)}"
+        flash = f"{told_bytes(whole)} to {told_bytes(weights + linear)}"
         chunked = weights + linear + scores * min(1.0, _CHUNK / longest)
-        chunks = f"{_megabytes(whole)} to {_megabytes(chunked)}, {_CHUNK} queries at a time"
+        chunks = f"{told_bytes(whole)} to {told_bytes(chunked)}, {_CHUNK} queries at a time"
     else:
         flash, chunks, chunked = f"in use already ({subject.config._attn_implementation})", "no scores to save", whole
     root = max(1, round(math.sqrt(subject.num_layers)))
@@ -166,7 +160,7 @@ def _remedies(subject: Subject, peak: _Peak, figures: Mapping[str, float]) -> tu
     ]
     if "cache_per_1000_tokens_bytes" in figures:
         cache, bits = figures["cache_per_1000_tokens_bytes"], 8 * subject.dtype.itemsize
-        told = f"the cache of 1,000 tokens from {_megabytes(cache)} to {_megabytes(cache * 8 / bits)} with int8"
+        told = f"the cache of 1,000 tokens from {told_bytes(cache)} to {told_bytes(cache * 8 / bits)} with int8"
         found.append(Remedy("kv-cache-optimization", told))
     return tuple(found)
 

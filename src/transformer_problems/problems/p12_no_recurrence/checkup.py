@@ -8,6 +8,7 @@ import torch
 from transformer_problems.checkpoints.checkup import Visit, exactly
 from transformer_problems.checkpoints.decoding import CachedText, next_token_flops, uses_cache
 from transformer_problems.checkpoints.lengths import Growth, longest_input, through
+from transformer_problems.checkpoints.sizes import told_bytes
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.findings import Curve, Examination, Remedy
 from transformer_problems.kernels.race import best_times
@@ -66,7 +67,7 @@ class StreamingCheckup:
             "cache_at_longest_bytes": state,
             **_seconds(visit, min(longest, _TIMED)),
         }
-        kept = f"with {state / 1e6:,.1f} MB of cache" if uses_cache(subject) else "reading the whole text again"
+        kept = f"with {told_bytes(state)} of cache" if uses_cache(subject) else "reading the whole text again"
         meaning = f"after {longest:,} tokens the next one costs {times:.1f}x what it costs after {_SHORT}, {kept}"
         if uses_cache(subject) and subject.narrowest:
             num_local = sum(window is not None for window in subject.windows)
@@ -118,7 +119,7 @@ def _remedies(growth: _NextToken, longest: int, state: float) -> tuple[Remedy, .
     for slug, keys, how, when in told:
         met = keys_met(min(keys, longest))
         cost, kept = own + key * met, state * met / keys_met(longest)
-        held = f"{kept / 1e6:,.1f} MB kept" if keys else "the same state at any length"
+        held = f"{told_bytes(kept)} kept" if keys else "the same state at any length"
         found.append(Remedy(slug, f"{now / cost:.1f}x less for a token, {held}: {how}, {when}", now / max(cost, short)))
     return tuple(found)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.checkpoints.checkup import Visit, estimate, exactly
+from transformer_problems.checkpoints.sizes import told_bytes
 from transformer_problems.checkpoints.subject import Kind, Subject
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.findings import Curve, Examination, Remedy
@@ -49,8 +50,8 @@ class SizeCheckup:
         rank = estimate(shares)
         return Examination(
             {"rank_share": rank, "duplicate_share": exactly(repeated)},
-            f"{_size(bill.stored)} ({_size(bill.int4)} in int4), tuned in {_size(bill.full)} or {_size(bill.lora)} "
-            f"with LoRA; matrices use {rank.value:.0%} of their rank",
+            f"{told_bytes(bill.stored)} ({told_bytes(bill.int4)} in int4), tuned in {told_bytes(bill.full)} or "
+            f"{told_bytes(bill.lora)} with LoRA; matrices use {rank.value:.0%} of their rank",
             _remedies(subject, bill, zeroed),
             Curve(
                 "Rank that holds 99% of a matrix, over its full rank",
@@ -153,13 +154,19 @@ def _unchanged_share(part: nn.Module, x: Tensor) -> float:
 
 
 def _remedies(subject: Subject, bill: _Bill, zeroed: float) -> tuple[Remedy, ...]:
-    adapters = _size(bill.adapters * subject.dtype.itemsize)
+    adapters = told_bytes(bill.adapters * subject.dtype.itemsize)
     # a sparse file holds a weight and its column in 16 bits each, so it is smaller where fewer than half are left
     sparse = max(1.0, subject.dtype.itemsize / ((1 - zeroed) * (subject.dtype.itemsize + 2)))
     told = f"{zeroed:.0%} of the weights can go before an output changes by 1%"
     return (
-        Remedy("qlora", f"fine-tuned in {_size(bill.qlora)} in place of {_size(bill.full)}", bill.full / bill.qlora),
-        Remedy("lora", f"fine-tuned in {_size(bill.lora)}; {adapters} stored for each task", bill.full / bill.lora),
+        Remedy(
+            "qlora",
+            f"fine-tuned in {told_bytes(bill.qlora)} in place of {told_bytes(bill.full)}",
+            bill.full / bill.qlora,
+        ),
+        Remedy(
+            "lora", f"fine-tuned in {told_bytes(bill.lora)}; {adapters} stored for each task", bill.full / bill.lora
+        ),
         Remedy("pruning", told, sparse),
         *_of_fewer_layers(subject),
     )
@@ -178,13 +185,6 @@ def _of_fewer_layers(subject: Subject) -> tuple[Remedy, ...]:
         return (half,)
     shared = subject.weight_bytes / (subject.weight_bytes - held + held / len(layers))
     return half, Remedy("parameter-sharing", f"all layers stored once: {shared:.1f}x smaller, trained anew", shared)
-
-
-def _size(num_bytes: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.3g} {unit}"
-    return f"{num_bytes / 1e3:.3g} kB"
 
 
 CHECKUP = SizeCheckup()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.heads import check_key_mask
 from transformer_problems.core.inputs import shown
-from transformer_problems.solutions.interpretability.model_reading import check_gradients, check_tokens, slope_of
+from transformer_problems.solutions.interpretability.model_reading import check_gradients, check_in_vocabulary, slope_of
 from transformer_problems.solutions.interpretability.readable import Readable, readable
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -147,7 +147,7 @@ def check_sequences(model: Readable, tokens: Tensor, key_mask: Tensor | None) ->
     Raises:
         ArgumentError: If there are such, or tokens or mask have another form.
     """
-    check_tokens("tokens", tokens, model.vocab_size)
+    check_in_vocabulary("tokens", tokens, model.vocab_size)
     check_key_mask(key_mask, tokens)
     if key_mask is not None and not bool(key_mask.any(dim=1).all()):
         row = int((~key_mask.any(dim=1)).nonzero()[0, 0])

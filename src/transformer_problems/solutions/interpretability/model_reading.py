@@ -7,18 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError, CombinationError
-from transformer_problems.core.inputs import shown
+from transformer_problems.core.inputs import check_tokens, shown
 
 
-def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+def check_in_vocabulary(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Refuse what are no tokens [B, N] of a vocabulary, one at least.
 
     Raises:
         ArgumentError: With the remedy.
     """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        form = shown(tokens) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ArgumentError(f"{name} must be whole numbers [B, N]; got {form}. Give one sequence as {name}[None].")
+    check_tokens(tokens, name)
     if tokens.numel() == 0:
         raise ArgumentError(f"{name} must hold a token at least; got {list(tokens.shape)}. Leave empty inputs out.")
     if tokens.is_meta:

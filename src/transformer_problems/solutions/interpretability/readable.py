@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.solutions.interpretability.model_reading import check_tokens
+from transformer_problems.solutions.interpretability.model_reading import check_in_vocabulary
 from transformer_problems.solutions.interpretability.stack_reader import StackReader, is_stack
 from transformer_problems.solutions.interpretability.transformers_reader import TransformersReader, is_pretrained
 
@@ -92,4 +92,4 @@ def check_model_input(name: str, inputs: Tensor, model: object) -> None:
         ArgumentError: If they are no tokens [B, N] of its vocabulary, one at least.
     """
     if isinstance(model, nn.Module) and (is_stack(model) or is_pretrained(model)):
-        check_tokens(name, inputs, readable(model).vocab_size)
+        check_in_vocabulary(name, inputs, readable(model).vocab_size)
