@@ -191,6 +191,20 @@ def test_ticks_of_bytes_are_powers_of_two() -> None:
     assert all(tick == 2 ** (int(tick).bit_length() - 1) for tick in ticks)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(2.4, 14.0, (3, 4, 6, 8, 12)), (3.5, 9.0, (4, 6, 8)), (4.6, 7.4, (5, 6, 7)), (1.0, 40.0, (1, 2, 4, 8, 16, 32))],
+)
+def test_ticks_of_few_bytes_stand_on_the_axis_in_whole_units(low: float, high: float, ticks: tuple[int, ...]) -> None:
+    mebibyte = 2.0**20
+    line = Line(
+        quadratic().lines[0].arm, tuple(Point(x, around(value * mebibyte)) for x, value in ((1.0, low), (2.0, high)))
+    )
+    scale = y_scale(replace(quadratic().chart, metric="peak_memory_bytes", y_log=True), (line,))
+    assert scale.ticks == tuple(tick * mebibyte for tick in ticks)
+    assert all(0 <= scale.fraction(tick) <= 1 for tick in scale.ticks)
+
+
 @pytest.mark.parametrize("rises", [True, False])
 def test_the_label_of_the_baseline_stands_clear_of_the_axis(rises: bool) -> None:
     curve = np.stack([np.linspace(0, 1, 50), np.linspace(0, 1, 50)[:: 1 if rises else -1]], axis=1) * (3.0, 2.0)

@@ -144,10 +144,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _binary_ticks(low: float, high: float) -> list[float]:
-    """Powers of two, for bytes: every other one and so on where they are many."""
-    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    step = max(1, math.ceil(len(exponents) / 6))
-    return [2.0**e for e in exponents if e % step == 0] if len(exponents) >= 3 else _linear_ticks(low, high, 5)
+    """Powers of two, for bytes: every other one and so on where they are many, with some between where they are few."""
+    first, last = math.floor(math.log2(low)), math.floor(math.log2(high))
+    step = max(1, math.ceil((last - math.ceil(math.log2(low)) + 1) / 6))
+    for multiples in ((1.0,), (1.0, 1.5), (1.0, 1.25, 1.5, 1.75)):
+        ticks = [m * 2.0**e for e in range(first, last + 1) if e % step == 0 for m in multiples]
+        ticks = [t for t in ticks if low <= t <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def _thin(ticks: Sequence[float], ends: Scale, width: float, size: float) -> list[float]:
