@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformer_problems.core.errors import ArgumentError, CombinationError, MissingDependencyError, UnknownNameError
+from transformer_problems.core.errors import (
+    ArgumentError,
+    CombinationError,
+    DeviceError,
+    MissingDependencyError,
+    UnknownNameError,
+)
 from transformer_problems.core.slots import PositionBias, PositionEncoding
+from transformer_problems.kernels import flash_attention_amx
 from transformer_problems.kernels.race import raced
 from transformer_problems.lab.meters.memory import peak_memory_bytes
 from transformer_problems.solutions.attention import fused_kernels
@@ -333,6 +340,32 @@ def test_triton_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) ->
         op(q, k, v, mask=torch.ones(6, 6, dtype=torch.bool))
     with pytest.raises(ArgumentError, match="must be float16, bfloat16 or float32, all the same, for Triton; got"):
         op(q, k, v)
+
+
+def test_amx_is_asked_for_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention_amx, "processor_has_amx", lambda: False)
+    with pytest.raises(
+        DeviceError, match=r"^FlashAttention\(backend='amx'\) needs an x86-64 processor .*amx_bf16; this"
+    ):
+        FlashAttention(backend="amx")
+
+
+def test_amx_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention_amx, "processor_has_amx", lambda: True)
+    op = FlashAttention(backend="amx")
+    assert op.runs == "amx" and not op.accepts_bias
+    with pytest.raises(CombinationError, match="ALiBi adds a bias to the scores, which FlashAttention never forms"):
+        SelfAttention(32, HEADS, op=op, position=ALiBi(HEADS))
+    q, k, v = (x.detach().bfloat16() for x in draw(6, 6))
+    places = torch.arange(6)
+    with pytest.raises(CombinationError, match="bias must be None for backend='amx'; got that of ALiBi. Use"):
+        op(q, k, v, bias=PositionBias(ALiBi(HEADS), q, places, places))
+    with pytest.raises(ArgumentError, match=r"mask must be a key mask .* FlashAttention\(backend='amx'\)"):
+        op(q, k, v, mask=torch.ones(6, 6, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="must be bfloat16 for AMX; got torch.float32"):
+        op(q.float(), k.float(), v.float())
+    with pytest.raises(ArgumentError, match="must need no gradient for AMX"):
+        op(q.requires_grad_(), k, v)
 
 
 def test_wrong_arguments_are_refused() -> None:

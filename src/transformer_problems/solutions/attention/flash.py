@@ -10,12 +10,19 @@ from transformer_problems.core.arguments import require_positive_int
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import UnknownNameError
 from transformer_problems.core.slots import PositionBias
+from transformer_problems.kernels.flash_attention_amx import require_amx
 from transformer_problems.kernels.flash_attention_triton import has_triton
-from transformer_problems.solutions.attention.fused_kernels import by_sdpa, by_triton, is_better_widened, triton_wins
+from transformer_problems.solutions.attention.fused_kernels import (
+    amx_wins,
+    by_kernel,
+    by_sdpa,
+    is_better_widened,
+    triton_wins,
+)
 from transformer_problems.solutions.attention.score_tiles import RunningSoftmax, ScoreTiles, part_of, wide
 from transformer_problems.solutions.attention.scores import check_shapes, match_heads
 
-Backend = Literal["auto", "sdpa", "tiled", "triton"]
+Backend = Literal["auto", "sdpa", "tiled", "triton", "amx"]
 
 
 class FlashAttention(nn.Module):
@@ -27,7 +34,7 @@ class FlashAttention(nn.Module):
 
     Memory is linear for attention without a mask, with key masks and, in "tiled", with a bias that needs no gradient.
     A bias that needs one is formed whole. "sdpa" holds an N x M mask for every bias, for a causal mask beside a key
-    mask, and for causal attention of 1 < N < M; "triton" never holds one.
+    mask, and for causal attention of 1 < N < M; "triton" and "amx" never hold one. "amx" holds a copy of k and v.
 
     Half precision on a CPU is computed in float32 where PyTorch's kernel is slower than that: for a few single queries,
     and for training without a bias where a short race, run once, finds it so (on processors without matrix instructions
@@ -36,25 +43,29 @@ class FlashAttention(nn.Module):
     Args:
         backend: "sdpa" is PyTorch's scaled_dot_product_attention, which picks its fastest kernel; "tiled" is the
             algorithm written out, on any device; "triton" is this package's kernels for GPUs, without a bias and with
-            key masks only (`flash_attention_triton` says what else). "auto" is "sdpa", but for half precision on a
-            GPU where "triton" takes the call and wins a race against it, run once for each kind of call. Compiled
-            graphs and exports hold "sdpa".
+            key masks only (`flash_attention_triton` says what else); "amx" is its kernel for the matrix instructions
+            of x86 processors, for bfloat16 without gradients, without a bias and with key masks only
+            (`flash_attention_amx` says what else). "auto" is "sdpa", but for half precision on a GPU where "triton",
+            and for some work or more on a CPU where "amx" takes the call and wins a race against it, run once for each
+            kind of call. Compiled graphs and exports hold "sdpa".
         block_size: Queries and keys in one tile of "tiled".
 
     Attributes:
-        runs: The back end that answers: "sdpa", "tiled" or "triton". With "auto" it is "sdpa", which answers whatever
-            Triton does not; `last_run` says which did.
-        last_run: What answered the latest call of any thread: "sdpa", "sdpa in float32", "tiled" or "triton"; None
-            before the first. Compiled graphs do not set it.
+        runs: The back end that answers: "sdpa", "tiled", "triton" or "amx". With "auto" it is "sdpa", which answers
+            whatever the kernels do not; `last_run` says which did.
+        last_run: What answered the latest call of any thread: "sdpa", "sdpa in float32", "tiled", "triton" or "amx";
+            None before the first. Compiled graphs do not set it.
 
     Shape:
         q: [..., H, N, D]; k, v: [..., G, M, D]; mask: broadcastable to [..., H, N, M]; output: [..., H, N, D].
 
     Raises:
         UnknownNameError: If there is no such back end.
-        MissingDependencyError: If "triton" is asked for and not installed.
-        ArgumentError: If `block_size` is not positive, q, k, v and mask do not fit each other, or "triton" was asked
-            for and cannot take the call.
+        MissingDependencyError: If "triton" is asked for and not installed, or "amx" and there is no C++ compiler.
+        DeviceError: If "amx" is asked for and the processor has no such instructions.
+        KernelBuildError: If "amx" is asked for and cannot be built here.
+        ArgumentError: If `block_size` is not positive, q, k, v and mask do not fit each other, or "triton" or "amx" was
+            asked for and cannot take the call.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135, algorithms 1, 2 and 4. Differs from the paper: queries are the outer loop
@@ -76,9 +87,11 @@ class FlashAttention(nn.Module):
         require_positive_int(block_size=block_size)
         if backend == "triton":
             require("triton", extra="gpu")
-        self.runs: Literal["sdpa", "tiled", "triton"] = "sdpa" if backend == "auto" else backend
-        self._may_race = backend == "auto" and has_triton()
-        self.accepts_bias = backend != "triton"
+        if backend == "amx":
+            require_amx("FlashAttention(backend='amx')")
+        self.runs: Literal["sdpa", "tiled", "triton", "amx"] = "sdpa" if backend == "auto" else backend
+        self._may_race = backend == "auto"
+        self.accepts_bias = backend not in ("triton", "amx")
         self.block_size = block_size
         self.last_run: str | None = None
 
@@ -93,9 +106,10 @@ class FlashAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         check_shapes(q, k, v, mask, bias)
-        if self.runs == "triton" or (self._may_race and triton_wins(q, k, v, bias, mask, is_causal)):
-            self._tell("triton")
-            return by_triton(q, k, v, bias, mask, is_causal)
+        kernel = self._kernel(q, k, v, bias, mask, is_causal)
+        if kernel is not None:
+            self._tell(kernel)
+            return by_kernel(kernel, q, k, v, bias, mask, is_causal)
         k, v = match_heads(q, k), match_heads(q, v)
         if self.runs == "sdpa":
             widened = is_better_widened(q, k, v, bias)
@@ -109,6 +123,16 @@ class FlashAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"runs={self.runs!r}, block_size={self.block_size}"
+
+    def _kernel(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool
+    ) -> Literal["triton", "amx"] | None:
+        """That of this package which answers the call, if one does."""
+        if self.runs == "triton" or self.runs == "amx":
+            return self.runs
+        if self._may_race and has_triton() and triton_wins(q, k, v, bias, mask, is_causal):
+            return "triton"
+        return "amx" if self._may_race and amx_wins(q, k, v, bias, mask, is_causal) else None
 
     def _tell(self, ran: str) -> None:
         if self.last_run != ran and not torch.compiler.is_compiling():

@@ -1,8 +1,8 @@
-"""PyTorch's fused attention and this package's Triton kernels behind one signature, and which of them is faster."""
+"""PyTorch's fused attention and this package's kernels behind one signature, and which of them is faster."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.slots import PositionBias
+from transformer_problems.kernels.flash_attention_amx import amx_refusal, flash_attention_amx, has_amx
 from transformer_problems.kernels.flash_attention_triton import flash_attention_triton, triton_refusal
 from transformer_problems.kernels.race import fastest
 from transformer_problems.solutions.attention.score_tiles import masked
@@ -18,6 +19,8 @@ from transformer_problems.solutions.attention.scores import causal_mask, key_mas
 aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _WIDENED_SCORES = 2**14  # scores of single queries for which a float32 copy of keys and values is small and pays
+_RACED_SCORES = 2**20  # about a millisecond: too few to repay a race, or packing keys and values
+_RACED_LENGTH = 1024  # longer calls go as races of this length do, which take some tenths of a second
 
 
 def by_sdpa(
@@ -87,8 +90,14 @@ class _Widened(torch.autograd.Function):
         return *(grad.to(q.dtype) for grad in grads), None, None
 
 
-def by_triton(
-    q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool
+def by_kernel(
+    name: Literal["triton", "amx"],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: PositionBias | None,
+    mask: Tensor | None,
+    is_causal: bool,
 ) -> Tensor:
     """This package's kernels, which want four dimensions and know no mask but of keys.
 
@@ -99,13 +108,14 @@ def by_triton(
     """
     if bias is not None:
         raise CombinationError(
-            f"bias must be None for backend='triton'; got that of {type(bias.encoding).__name__}. Use backend='auto'."
+            f"bias must be None for backend={name!r}; got that of {type(bias.encoding).__name__}. Use backend='auto'."
         )
     lead, num_keys = q.shape[:-3], k.shape[-2]
-    key_mask = None if mask is None else key_mask_of(mask, "FlashAttention(backend='triton')")
+    key_mask = None if mask is None else key_mask_of(mask, f"FlashAttention(backend={name!r})")
     if key_mask is not None:
         key_mask = key_mask.expand(*lead, num_keys).reshape(math.prod(lead), num_keys)
-    y = flash_attention_triton(*_of_four_dimensions(q, k, v), key_mask=key_mask, is_causal=is_causal)
+    kernel = flash_attention_triton if name == "triton" else flash_attention_amx
+    y = kernel(*_of_four_dimensions(q, k, v), key_mask=key_mask, is_causal=is_causal)
     return y.reshape(*lead, *y.shape[-3:])
 
 
@@ -120,26 +130,64 @@ def triton_wins(
     if q.device.type != "cuda" or q.dtype not in _HALF or bias is not None or torch.compiler.is_compiling():
         return False
     q, k, v = _of_four_dimensions(q, k, v)
-    takes_mask = mask is None or (mask.dim() > 1 and mask.shape[-2] == 1 and (mask.dim() == 2 or mask.shape[-3] == 1))
-    if not takes_mask or not q.numel() or not k.numel() or triton_refusal(q, k, v) is not None:
+    if not _is_of_keys(mask) or not q.numel() or not k.numel() or triton_refusal(q, k, v) is not None:
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
     shapes = [(1, x.shape[1], 2 ** (x.shape[2] - 1).bit_length(), x.shape[3]) for x in (q, k, v)]
-    trains = _trains(q, k, v)
-    kind = (str(q.device), str(q.dtype), *shapes[0], *shapes[1][1:3], mask is not None, is_causal, trains)
+    return _wins("triton", shapes, q, mask is not None, is_causal, _trains(q, k, v))
+
+
+def amx_wins(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether the kernel for a CPU's matrix instructions takes the call and has won the race of its kind.
+
+    Kinds differ by heads, lengths up to the next power of two, masks and threads. No gradient may be asked for. A
+    compiled graph holds PyTorch's.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or bias is not None or torch.compiler.is_compiling():
+        return False
+    if q.shape[:-1].numel() * k.shape[-2] < _RACED_SCORES or not _is_of_keys(mask) or not has_amx():
+        return False
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    q, k, v = _of_four_dimensions(q, k, v)
+    if amx_refusal(q, k, v) is not None:
+        return False
+    batch_size = min(q.shape[0], torch.get_num_threads())  # enough for work to be shared out as in the call
+    shapes = [
+        (batch_size, x.shape[1], min(_RACED_LENGTH, 2 ** (x.shape[2] - 1).bit_length()), x.shape[3]) for x in (q, k, v)
+    ]
+    return _wins("amx", shapes, q, mask is not None, is_causal, False)
+
+
+def _is_of_keys(mask: Tensor | None) -> bool:
+    return mask is None or (mask.dim() > 1 and mask.shape[-2] == 1 and (mask.dim() == 2 or mask.shape[-3] == 1))
+
+
+def _wins(
+    name: Literal["triton", "amx"],
+    shapes: Sequence[tuple[int, ...]],
+    q: Tensor,
+    with_mask: bool,
+    is_causal: bool,
+    trains: bool,
+) -> bool:
+    """Whether the kernels win the race on inputs of these shapes, of q's dtype and device."""
     dtype, device = q.dtype, q.device
+    kind = (str(device), str(dtype), *shapes[0], *shapes[1][1:3], with_mask, is_causal, trains)
+    if device.type == "cpu":
+        kind += (torch.get_num_threads(),)
 
     def prepare() -> dict[str, Callable[[], object]]:
         sample = _sample(shapes, dtype, device, trains)
         q, k, v = sample
-        keys = None if mask is None else torch.ones(1, 1, 1, shapes[1][2], dtype=torch.bool, device=device)
+        keys = torch.ones(1, 1, 1, shapes[1][2], dtype=torch.bool, device=device) if with_mask else None
         return {
             "sdpa": lambda: _step(by_sdpa(q, match_heads(q, k), match_heads(q, v), None, keys, is_causal), sample),
-            "triton": lambda: _step(by_triton(q, k, v, None, keys, is_causal), sample),
+            name: lambda: _step(by_kernel(name, q, k, v, None, keys, is_causal), sample),
         }
 
-    return fastest(("attention", *kind), prepare, device) == "triton"
+    return fastest(("attention", *kind), prepare, device) == name
 
 
 def is_better_widened(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None) -> bool:
