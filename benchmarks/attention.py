@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py --dtype bfloat16 --num-tokens 4096 --backward --threads 2
     python benchmarks/attention.py --dtype bfloat16 --num-tokens 8192 --backward --device cuda
+    python benchmarks/attention.py --dtype bfloat16 --num-tokens 8192 --threads 2
 
 All compute the same attention, which is checked, and take turns, so that a slower moment of the machine falls on all.
 Races, compiling and waking threads happen in a warm-up that is not counted. Ratios are medians over turns of PyTorch's
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from transformer_problems import FlashAttention
+from transformer_problems.kernels.flash_attention_amx import has_amx
 from transformer_problems.kernels.flash_attention_triton import has_triton
 
 PYTORCH = "PyTorch's SDPA"
@@ -44,6 +46,9 @@ def main() -> None:
     if device.type == "cuda" and has_triton():
         triton = FlashAttention(backend="triton")
         attentions["triton"] = lambda q, k, v: triton(q, k, v, is_causal=options.causal)
+    if device.type == "cpu" and dtype == torch.bfloat16 and not options.backward and has_amx():
+        amx = FlashAttention(backend="amx")
+        attentions["amx"] = lambda q, k, v: amx(q, k, v, is_causal=options.causal)
     check_agreement(attentions, q, k, v)
     grad = torch.randn(q.shape, generator=generator, device=device).to(dtype)
     seconds = taking_turns(

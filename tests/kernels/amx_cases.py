@@ -168,6 +168,31 @@ def test_two_close_leaders_keep_their_ratio() -> None:
     assert ((y - expected).abs() < 2 * UNIT).all()
 
 
+def test_weights_are_the_exponentials_rounded_to_nearest() -> None:
+    """Weights e^-s from a half to 1, read off the output to the last bit: it is their difference from 3/4, small."""
+    s = torch.linspace(0, 0.69, 512).bfloat16()
+    q, k, v = (torch.zeros(1, 1, n, 16, dtype=torch.bfloat16) for n in (512, 2, 2))
+    q[..., 0], k[..., 1, 0] = s, -4.0  # divided by sqrt(16)
+    v[..., 0, :], v[..., 1, :] = -0.75, 1.0
+    y = flash_attention_amx(q, k, v)[0, 0, :, 0].double()
+    weights = (-s.double()).exp()
+    ours, step = y * (1 + weights) + 0.75, 2 * UNIT * 0.5
+    ours = (ours / step).round() * step
+    # float32 errors decide only where the exact weight is as near to the middle between two neighbours
+    slack = 2.0**-17
+    assert ((ours - weights).abs() <= step / 2 + slack).all()
+    assert (ours[1:] - ours[:-1] <= 0).all() and len(ours.unique()) > 100
+
+
+def test_ties_go_to_even() -> None:
+    """The mean of two neighbours lies in the middle between them."""
+    q, k, v = (torch.zeros(1, 1, 2, 16, dtype=torch.bfloat16) for _ in range(3))
+    v[..., 0, :8], v[..., 1, :8] = 1.0, 1.0 + 2 * UNIT
+    v[..., 0, 8:], v[..., 1, 8:] = 1.0 + 2 * UNIT, 1.0 + 4 * UNIT
+    y = flash_attention_amx(q, k, v)
+    assert (y[..., :8] == 1.0).all() and (y[..., 8:] == 1.0 + 4 * UNIT).all()
+
+
 def test_the_largest_score_may_come_last_or_first() -> None:
     for turned in (False, True):
         q, k, v = draw(1, 1, 1, 33, 1100, 32)
@@ -237,7 +262,8 @@ def test_meters_count_it() -> None:
     with FlopCounterMode(display=False) as counter:
         flash_attention_amx(q, k, v, is_causal=True)
     assert counter.get_total_flops() == 2 * 2 * 4 * 33 * 70 * 16
-    torch.library.opcheck(torch.ops.transformer_problems.flash_attention_amx.default, (q, k, v, None, True))
+    operator = torch.ops.transformer_problems.flash_attention_amx.default
+    torch.library.opcheck(operator, (q, k, v, None, True), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_flash_attention_answers_by_it() -> None:
@@ -293,6 +319,17 @@ def test_auto_takes_what_wins_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             op(q, k, v)
         assert op.last_run == winner and len(kinds) == 1
+
+
+def test_exports_hold_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_kernels, "_RACED_SCORES", 1)
+    monkeypatch.setattr(fused_kernels, "fastest", lambda *args: "amx")
+    op, inputs = FlashAttention(), tuple(draw(1, 2, 2, 40, 40, 16))
+    called = {str(node.target) for node in torch.export.export(op, inputs).graph.nodes}
+    assert op.last_run is None and any("scaled_dot_product_attention" in name for name in called)
+    assert not any("amx" in name for name in called)
+    op(*inputs)
+    assert op.last_run == "amx"
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs a system that can be told to refuse")

@@ -19,8 +19,9 @@ from transformer_problems.solutions.attention.scores import causal_mask, key_mas
 aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _WIDENED_SCORES = 2**14  # scores of single queries for which a float32 copy of keys and values is small and pays
-_RACED_SCORES = 2**20  # about a millisecond: too few to repay a race, or packing keys and values
-_RACED_LENGTH = 1024  # longer calls go as races of this length do, which take some tenths of a second
+_RACED_SCORES = 2**20  # a millisecond or two; fewer would not repay a race
+_RACED_LENGTH = 1024  # longer calls go as those of this length do, a race of which takes some tenths of a second
+_TILE_ROWS = 16  # fewer queries do not repay the packing of keys and values
 
 
 def by_sdpa(
@@ -141,22 +142,24 @@ def triton_wins(
 def amx_wins(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, mask: Tensor | None, is_causal: bool) -> bool:
     """Whether the kernel for a CPU's matrix instructions takes the call and has won the race of its kind.
 
-    Kinds differ by heads, lengths up to the next power of two, masks and threads. No gradient may be asked for. A
-    compiled graph holds PyTorch's.
+    Kinds differ by heads, lengths up to the next power of two, masks and threads. Calls that ask for gradients are not
+    taken. A compiled graph holds PyTorch's.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or bias is not None or torch.compiler.is_compiling():
         return False
-    if q.shape[:-1].numel() * k.shape[-2] < _RACED_SCORES or not _is_of_keys(mask) or not has_amx():
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    if num_queries < _TILE_ROWS or q.shape[:-1].numel() * num_keys < _RACED_SCORES:
+        return False
+    if not _is_of_keys(mask) or not has_amx():
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
     q, k, v = _of_four_dimensions(q, k, v)
     if amx_refusal(q, k, v) is not None:
         return False
-    batch_size = min(q.shape[0], torch.get_num_threads())  # enough for work to be shared out as in the call
-    shapes = [
-        (batch_size, x.shape[1], min(_RACED_LENGTH, 2 ** (x.shape[2] - 1).bit_length()), x.shape[3]) for x in (q, k, v)
-    ]
+    lengths = [min(_RACED_LENGTH, 2 ** (length - 1).bit_length()) for length in (num_queries, num_keys, num_keys)]
+    batch_size = max(1, _RACED_SCORES // (q.shape[1] * lengths[0] * lengths[1]))
+    shapes = [(batch_size, x.shape[1], length, x.shape[3]) for x, length in zip((q, k, v), lengths, strict=True)]
     return _wins("amx", shapes, q, mask is not None, is_causal, False)
 
 
