@@ -1,11 +1,11 @@
-// softmax(q k^T / sqrt(D)) v for bfloat16, exact, with the matrix instructions of AMX: a tile holds 16 rows of 64 bytes,
-// and one instruction adds the product of two tiles of bfloat16 to a tile of float32.
+// softmax(q k^T / sqrt(D)) v for bfloat16, exact, with the matrix instructions of AMX: a tile holds 16 rows of 64
+// bytes, and one instruction adds the product of two tiles of bfloat16 to a tile of float32.
 //
 // Keys and values are packed once, in the order in which tiles of right factors are read: pairs of terms side by side.
-// A worker takes kRows queries of a head and goes through the keys kKeys at a time. Their scores stay in the first
-// cache as float32, become weights relative to the largest score so far, and are rounded to bfloat16 in their own
-// place, which is the order of left factors. The output is float32 until the end; it is scaled again where a larger
-// score appears. The exponentials, not the products, set the pace, so they are no more exact than float32 sums need.
+// A worker takes a few blocks of kRows queries of a head and goes through the keys kKeys at a time, which the blocks
+// share while they are in the second cache. The scores of a block stay in the first as float32, become weights relative
+// to the largest score so far, and are rounded to bfloat16 in their own place, which is the order of left factors. The
+// output is float32 until the end; it is scaled again where a larger score appears.
 //
 // Some compilers declare tile loads without what they read: `settle` keeps stores before them where they are.
 
@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t kTile = 16;    // rows of a tile, and its columns in float32
 constexpr int64_t kDepth = 32;   // bfloat16 terms in a row of a tile
 constexpr int64_t kTileSize = kTile * kDepth;
-constexpr int64_t kRows = 32;    // queries in work, two tiles
+constexpr int64_t kRows = 32;    // queries of a block, two tiles
+constexpr int64_t kBlocks = 4;   // that share keys at most
 constexpr int64_t kKeys = 256;   // keys in work; their scores fill two thirds of a first cache of 48 KiB
 constexpr int64_t kWidth = 256;  // largest head
 constexpr int64_t kScoreLine = kKeys + kTile;  // a line further, so that rows do not share the same sets of the cache
@@ -61,12 +62,17 @@ struct alignas(64) TileConfig {  // the form that LDTILECFG reads
 };
 const TileConfig kWholeTiles = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-struct alignas(64) Room {
-  float scores[kRows * kScoreLine];
+struct alignas(64) Block {
   float out[kRows * kWidth];
   float sums[kRows * kTile];  // a partial sum in each lane
   float shifts[kRows];        // the largest score so far, in base 2
   uint16_t queries[kRows * kWidth];
+  int64_t start, rows;
+};
+
+struct alignas(64) Room {
+  float scores[kRows * kScoreLine];
+  Block blocks[kBlocks];
 };
 
 // Keys [32 tokens, width] as right factors of q k^T: for 16 keys and 32 terms of depth a tile, whose row r holds the
@@ -132,7 +138,8 @@ inline void product(const uint16_t* a, int64_t a_line, const uint16_t* left, con
   _tile_stored(3, lower_c + 64, c_line);
 }
 
-// 2^x, exactly 0 below 2^-126 and for -inf, NaN for NaN: 2^n times the series of the rest, short of it by 0.35^6 / 6!.
+// 2^x, exactly 0 below 2^-126 and for -inf, NaN for NaN: 2^n times the series of the rest, short of it by 0.35^6 / 6!,
+// a thousandth of what rounding to bfloat16 costs.
 inline __m512 power_of_two(__m512 x) {
   constexpr float ln2 = 0.693147180559945f;
   constexpr float c2 = ln2 * ln2 / 2, c3 = c2 * ln2 / 3, c4 = c3 * ln2 / 4, c5 = c4 * ln2 / 5;
@@ -203,10 +210,15 @@ inline void weigh(float* row, int64_t columns, float factor, float& shift, float
   _mm512_storeu_ps(sums, _mm512_add_ps(sum, other));
 }
 
-// Queries [rows, width] into lines of `line`, zeros around them.
-void copy_queries(const uint16_t* from, int64_t token, int64_t rows, int64_t width, uint16_t* to, int64_t line) {
-  std::memset(to, 0, kRows * line * sizeof(uint16_t));
-  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * line, from + i * token, width * sizeof(uint16_t));
+// Queries [rows, width] that have seen no key.
+void begin(const uint16_t* from, int64_t token, int64_t start, int64_t rows, int64_t width, Block& block) {
+  const int64_t line = up_to(width, kDepth);
+  std::memset(block.queries, 0, kRows * line * sizeof(uint16_t));
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(block.queries + i * line, from + i * token, width * sizeof(uint16_t));
+  std::memset(block.sums, 0, sizeof block.sums);
+  std::memset(block.out, 0, kRows * line * sizeof(float));
+  for (float& shift : block.shifts) shift = kNever;
+  block.start = start, block.rows = rows;
 }
 
 void write(const float* out, const float* sums, int64_t width, uint16_t* to) {
@@ -221,39 +233,34 @@ void write(const float* out, const float* sums, int64_t width, uint16_t* to) {
   }
 }
 
-// The first `rows` queries of `room` from `start` on, through all keys that one of them may see.
-void attend(const Sizes& s, int64_t start, int64_t rows, const uint16_t* keys, const uint16_t* values,
-            const uint8_t* seen, Room& room) {
-  const int64_t width = s.padded_width(), depths = width / kDepth, end = s.visible_to(start + rows - 1);
+// The block through the keys from `first` on, kKeys of them or as many as one of its queries may see.
+void see(const Sizes& s, int64_t first, const uint16_t* keys, const uint16_t* values, const uint8_t* seen,
+         float* scores, Block& block) {
+  const int64_t width = s.padded_width(), depths = width / kDepth;
+  const int64_t columns = least(kKeys, up_to(s.visible_to(block.start + block.rows - 1) - first, kDepth));
   const float factor = float(1.4426950408889634 / std::sqrt(double(s.width)));  // log2(e) / sqrt(D)
-  std::memset(room.sums, 0, sizeof room.sums);
-  std::memset(room.out, 0, kRows * width * sizeof(float));
-  for (float& shift : room.shifts) shift = kNever;
-  for (int64_t first = 0; first < end; first += kKeys) {
-    const int64_t columns = least(kKeys, up_to(end - first, kDepth));
-    settle();
-    for (int64_t j = 0; j < columns; j += kDepth) {
-      const uint16_t* tiles = keys + (first + j) * width;
-      product(room.queries, width * 2, tiles, tiles + depths * kTileSize, kTileSize, depths, room.scores + j,
-              kScoreLine * 4, false);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = room.scores + i * kScoreLine;
-      const int64_t visible = s.visible_to(start + i) - first;
-      hide(row, visible < 0 ? 0 : least(visible, columns), columns, seen ? seen + first : nullptr);
-      weigh(row, columns, factor, room.shifts[i], room.sums + i * kTile, room.out + i * width, width);
-    }
-    settle();
-    for (int64_t d = 0; d < width; d += kDepth) {
-      const uint16_t* tiles = values + first * width + d * kDepth;
-      product((const uint16_t*)room.scores, kScoreLine * 4, tiles, tiles + kTileSize, width * kDepth,
-              columns / kDepth, room.out + d, width * 4, true);
-    }
+  settle();
+  for (int64_t j = 0; j < columns; j += kDepth) {
+    const uint16_t* tiles = keys + (first + j) * width;
+    product(block.queries, width * 2, tiles, tiles + depths * kTileSize, kTileSize, depths, scores + j, kScoreLine * 4,
+            false);
+  }
+  for (int64_t i = 0; i < block.rows; ++i) {
+    float* row = scores + i * kScoreLine;
+    const int64_t visible = s.visible_to(block.start + i) - first;
+    hide(row, visible < 0 ? 0 : least(visible, columns), columns, seen ? seen + first : nullptr);
+    weigh(row, columns, factor, block.shifts[i], block.sums + i * kTile, block.out + i * width, width);
+  }
+  settle();
+  for (int64_t d = 0; d < width; d += kDepth) {
+    const uint16_t* tiles = values + first * width + d * kDepth;
+    product((const uint16_t*)scores, kScoreLine * 4, tiles, tiles + kTileSize, width * kDepth, columns / kDepth,
+            block.out + d, width * 4, true);
   }
 }
 
 struct Packed {
-  std::vector<uint16_t> keys, values;
+  std::unique_ptr<uint16_t[]> keys, values;  // not filled in vain: workers are the first to touch what they pack
   std::vector<uint8_t> seen;
 };
 
@@ -264,35 +271,51 @@ void pack_together(const Sizes& s, Heads<const uint16_t> k, Heads<const uint16_t
   for (int64_t task = 0; task < s.batch * s.groups * blocks; ++task) {
     const int64_t head = task / blocks, first = task % blocks * kDepth, count = least(kDepth, s.keys - first);
     const int64_t b = head / s.groups, g = head % s.groups;
-    pack_keys(k.at(b, g, first), k.token, count, s.width, packed.keys.data() + task * size);
-    pack_values(v.at(b, g, first), v.token, count, s.width, packed.values.data() + task * size);
+    pack_keys(k.at(b, g, first), k.token, count, s.width, packed.keys.get() + task * size);
+    pack_values(v.at(b, g, first), v.token, count, s.width, packed.values.get() + task * size);
+  }
+}
+
+// Blocks from `task` on of a head of a sequence, `together` of them or as many as there are.
+void attend(const Sizes& s, int64_t b, int64_t h, int64_t task, int64_t together, Heads<const uint16_t> q,
+            const Packed& packed, Heads<uint16_t> out, Room& room) {
+  const int64_t head = (b * s.groups + h / (s.heads / s.groups)) * s.packed(), width = s.padded_width();
+  const uint8_t* seen = packed.seen.empty() ? nullptr : packed.seen.data() + b * s.padded_keys();
+  const int64_t from = task * together * kRows, until = least(s.queries, from + together * kRows);
+  const int64_t count = up_to(until - from, kRows) / kRows;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = from + i * kRows;
+    begin(q.at(b, h, start), q.token, start, least(kRows, until - start), s.width, room.blocks[i]);
+  }
+  for (int64_t first = 0; first < s.visible_to(until - 1); first += kKeys)
+    for (int64_t i = 0; i < count; ++i)
+      if (first < s.visible_to(room.blocks[i].start + room.blocks[i].rows - 1))
+        see(s, first, packed.keys.get() + head, packed.values.get() + head, seen, room.scores, room.blocks[i]);
+  for (int64_t i = 0; i < until - from; ++i) {
+    const Block& block = room.blocks[i / kRows];
+    write(block.out + i % kRows * width, block.sums + i % kRows * kTile, s.width, out.at(b, h, from + i));
   }
 }
 
 void forward(const Sizes& s, Heads<const uint16_t> q, Heads<const uint16_t> k, Heads<const uint16_t> v,
              const uint8_t* mask, Heads<uint16_t> out) {
   Packed packed;
-  packed.keys.resize(s.batch * s.groups * s.packed()), packed.values.resize(s.batch * s.groups * s.packed());
+  packed.keys.reset(new uint16_t[s.batch * s.groups * s.packed()]);
+  packed.values.reset(new uint16_t[s.batch * s.groups * s.packed()]);
   if (mask) packed.seen.resize(s.batch * s.padded_keys());
   for (int64_t b = 0; mask && b < s.batch; ++b)
     std::memcpy(packed.seen.data() + b * s.padded_keys(), mask + b * s.keys, s.keys);
-  const int64_t blocks = up_to(s.queries, kRows) / kRows;
+  const int64_t heads = s.batch * s.heads, blocks = up_to(s.queries, kRows) / kRows;
+  const int64_t share = heads * blocks / (4 * s.workers);  // four tasks a worker keep all at work to the end
+  const int64_t together = share < 1 ? 1 : least(share, kBlocks), tasks = up_to(blocks, together) / together;
 #pragma omp parallel num_threads(s.workers)
   {
     const std::unique_ptr<Room> room(new Room);
     pack_together(s, k, v, packed);
     _tile_loadconfig(&kWholeTiles);
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task < s.batch * s.heads * blocks; ++task) {
-      const int64_t b = task / blocks / s.heads, h = task / blocks % s.heads, group = h / (s.heads / s.groups);
-      const int64_t start = (blocks - 1 - task % blocks) * kRows;  // those with the most keys first
-      const int64_t rows = least(kRows, s.queries - start), head = (b * s.groups + group) * s.packed();
-      copy_queries(q.at(b, h, start), q.token, rows, s.width, room->queries, s.padded_width());
-      attend(s, start, rows, packed.keys.data() + head, packed.values.data() + head,
-             mask ? packed.seen.data() + b * s.padded_keys() : nullptr, *room);
-      for (int64_t i = 0; i < rows; ++i)
-        write(room->out + i * s.padded_width(), room->sums + i * kTile, s.width, out.at(b, h, start + i));
-    }
+    for (int64_t i = 0; i < heads * tasks; ++i)  // those with the most keys first
+      attend(s, i / tasks / s.heads, i / tasks % s.heads, tasks - 1 - i % tasks, together, q, packed, out, *room);
     _tile_release();
   }
 }

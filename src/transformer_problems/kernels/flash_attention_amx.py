@@ -63,7 +63,6 @@ def flash_attention_amx(
     if reason is not None:
         raise ArgumentError(reason)
     _check_key_mask(key_mask, k)
-    require_amx("flash_attention_amx")
     out: Tensor = _FORWARD(q, k, v, key_mask, is_causal)
     return out
 
@@ -134,6 +133,7 @@ def require_amx(name: str) -> None:
 @cache
 def _library() -> ctypes.CDLL:
     """The kernel, once the system lets this process use tiles."""
+    require_amx("flash_attention_amx")
     library = load(_SOURCE, extra_flags=_FLAGS)
     library.flash_attention_bfloat16.restype = None
     library.permit_tiles.restype = ctypes.c_int64

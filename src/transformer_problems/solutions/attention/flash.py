@@ -11,7 +11,6 @@ from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import UnknownNameError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.kernels.flash_attention_amx import require_amx
-from transformer_problems.kernels.flash_attention_triton import has_triton
 from transformer_problems.solutions.attention.fused_kernels import (
     amx_wins,
     by_kernel,
@@ -46,8 +45,8 @@ class FlashAttention(nn.Module):
             key masks only (`flash_attention_triton` says what else); "amx" is its kernel for the matrix instructions
             of x86 processors, for bfloat16 without gradients, without a bias and with key masks only
             (`flash_attention_amx` says what else). "auto" is "sdpa", but for half precision on a GPU where "triton",
-            and for some work or more on a CPU where "amx" takes the call and wins a race against it, run once for each
-            kind of call. Compiled graphs and exports hold "sdpa".
+            and for a million scores or more on a CPU where "amx" takes the call and wins a race against it, run once
+            for each kind of call. Compiled graphs and exports hold "sdpa".
         block_size: Queries and keys in one tile of "tiled".
 
     Attributes:
@@ -130,9 +129,11 @@ class FlashAttention(nn.Module):
         """That of this package which answers the call, if one does."""
         if self.runs == "triton" or self.runs == "amx":
             return self.runs
-        if self._may_race and has_triton() and triton_wins(q, k, v, bias, mask, is_causal):
+        if not self._may_race:
+            return None
+        if triton_wins(q, k, v, bias, mask, is_causal):
             return "triton"
-        return "amx" if self._may_race and amx_wins(q, k, v, bias, mask, is_causal) else None
+        return "amx" if amx_wins(q, k, v, bias, mask, is_causal) else None
 
     def _tell(self, ran: str) -> None:
         if self.last_run != ran and not torch.compiler.is_compiling():

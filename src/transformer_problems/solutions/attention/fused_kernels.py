@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.slots import PositionBias
 from transformer_problems.kernels.flash_attention_amx import amx_refusal, flash_attention_amx, has_amx
-from transformer_problems.kernels.flash_attention_triton import flash_attention_triton, triton_refusal
+from transformer_problems.kernels.flash_attention_triton import flash_attention_triton, has_triton, triton_refusal
 from transformer_problems.kernels.race import fastest
 from transformer_problems.solutions.attention.score_tiles import masked
 from transformer_problems.solutions.attention.scores import causal_mask, key_mask_of, match_heads
@@ -129,6 +129,8 @@ def triton_wins(
     for. A compiled graph, and a CUDA graph being captured, holds PyTorch's.
     """
     if q.device.type != "cuda" or q.dtype not in _HALF or bias is not None or torch.compiler.is_compiling():
+        return False
+    if not has_triton():
         return False
     q, k, v = _of_four_dimensions(q, k, v)
     if not _is_of_keys(mask) or not q.numel() or not k.numel() or triton_refusal(q, k, v) is not None:
