@@ -187,6 +187,7 @@ _HOMES = {
     "stored_bytes": "core.transforms",
     "token_distillation_loss": "solutions.training.distillation_token",
     "transfer_weights": "solutions.training.transfer",
+    "treat": "clinic.treat",
 }
 
 __all__ = ["__version__", *_HOMES]

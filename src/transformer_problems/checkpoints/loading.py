@@ -1,10 +1,8 @@
 """A checkpoint's folder, or the id of one, as a Subject: checked before it is loaded, and never by running its code."""
 
 import json
-import logging
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from transformer_problems.checkpoints.quiet import quiet
 from transformer_problems.checkpoints.subject import Kind, Subject
+from transformer_problems.checkpoints.treated import CODES, load_codes, read_record
 from transformer_problems.core.dependencies import require
 from transformer_problems.core.errors import CheckpointError
 
@@ -52,21 +52,28 @@ def load_subject(
     transformers = require("transformers", extra="clinic")
     folder = _folder(str(model))
     settings = _config(folder)
-    with _quiet(transformers):
+    with quiet(transformers):
         kind, name = _kind(transformers, settings, folder)
-    files = _weight_files(folder, allow_pickle)
+    record = read_record(folder)
+    of_codes = record is not None and record.holds_codes
+    files = [folder / CODES] if of_codes else _weight_files(folder, allow_pickle)
     for file in files:
         if file.suffix == ".safetensors":
             _check_readable(file)
     _check_room(sum(file.stat().st_size for file in files), folder, torch.device(device))
-    with _quiet(transformers):
-        loaded = _load_model(transformers, name, folder, files).to(device).eval()
+    with quiet(transformers):
+        loaded = (
+            load_codes(transformers, name, folder, record)
+            if record is not None and of_codes
+            else _load_model(transformers, name, folder, files)
+        )
+        loaded = loaded.to(device).eval()
         reader = _load_reader(transformers, kind, tokenizer or folder, folder)
         caution = None
         if _is_half_on_cpu(loaded):
             _check_room(2 * loaded.num_parameters() * loaded.dtype.itemsize, folder, loaded.device)
             loaded, caution = loaded.float(), _WIDENED
-        subject = Subject(folder.name, kind, loaded, reader, caution)
+        subject = Subject(folder.name, kind, loaded, reader, caution, record)
         _check_shows_itself(subject)
     return subject
 
@@ -86,7 +93,7 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
             f"model must be a model of transformers; got {type(model).__name__}. Load it with from_pretrained."
         )
     settings = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    with _quiet(transformers):
+    with quiet(transformers):
         kind, _ = _kind(transformers, settings, type(model).__name__)
     if kind != "image" and tokenizer is None:
         raise CheckpointError(f"tokenizer must be given for {type(model).__name__}, which reads text.")
@@ -100,7 +107,7 @@ def subject_of(model: nn.Module, tokenizer: Any = None, *, name: str | None = No
             "Pass model.float() or model.bfloat16(), or move it to a GPU."
         )
     subject = Subject(name or type(model).__name__, kind, model, tokenizer)
-    with _quiet(transformers):
+    with quiet(transformers):
         _check_shows_itself(subject)
     return subject
 
@@ -333,20 +340,3 @@ class _ImageStatistics:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.image_mean, self.image_std = settings.get("image_mean"), settings.get("image_std")
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Inside, transformers, and what it imports, tell nothing but errors and draw no bars; afterwards as before."""
-    log = transformers.utils.logging
-    level, bars, disabled = log.get_verbosity(), log.is_progress_bar_enabled(), logging.root.manager.disable
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

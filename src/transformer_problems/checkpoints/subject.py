@@ -8,8 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.checkpoints.record import TreatmentRecord
 from transformer_problems.core.errors import ArgumentError, CombinationError
 from transformer_problems.core.modes import evaluating
+from transformer_problems.core.transforms import stored_bytes
 from transformer_problems.solutions.interpretability.transformers_reader import eager_attention
 
 Kind = Literal["causal", "encoder", "image"]
@@ -19,6 +21,7 @@ Inputs = Mapping[str, Tensor]
 _FIELDS_OF_LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 _FIELDS_OF_WINDOWS = ("sliding_window", "attention_chunk_size")
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding", "positions_embed")
+_CODED = ("codes", "bias")  # buffers of a layer in int8 that were parameters
 _LAYER_LISTS = ("layers", "layer", "h", "blocks", "albert_layer_groups")
 
 
@@ -48,6 +51,7 @@ class Subject:
         tokenizer: A transformers tokenizer; of an image model its image processor, or none, which takes means and
             deviations of 0.5.
         caution: What the reader has to know of how it was loaded, before the findings.
+        record: What was done to it before, if anything was.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Subject:
     model: nn.Module
     tokenizer: Any = None
     caution: str | None = None
+    record: TreatmentRecord | None = None
 
     @property
     def config(self) -> Any:
@@ -70,11 +75,20 @@ class Subject:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Numbers that were learned, those that are stored as codes by now among them."""
+        coded = [part for part in self.model.modules() if getattr(part, "made_by", None) == "quantize"]
+        codes = sum(
+            getattr(part, name).numel()
+            for part in coded
+            for name in _CODED
+            if isinstance(getattr(part, name, None), Tensor)
+        )
+        return codes + sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        """Bytes of all that is stored of it, the scales of codes among them."""
+        return stored_bytes(self.model)
 
     @property
     def num_layers(self) -> int:

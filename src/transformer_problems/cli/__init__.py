@@ -1,4 +1,4 @@
-"""The command line: `transformer-problems list | show | measure | report | diagnose | export`."""
+"""The command line: `transformer-problems list | show | measure | report | diagnose | apply | export`."""
 
 import errno
 import os

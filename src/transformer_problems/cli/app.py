@@ -191,6 +191,58 @@ def diagnose(
 
 
 @app.command()
+def apply(
+    solutions: Annotated[
+        list[str], typer.Argument(metavar="SOLUTION...", help="rope-scaling, quantization, kv-cache; in this order.")
+    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder or Hugging Face id.")],
+    out: Annotated[Path, typer.Option(parser=_folder, metavar="DIR", help="New folder for the treated checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="PATH", help="Your own text, or folder of texts or images.")
+    ] = None,
+    device: Annotated[DeviceOption, typer.Option(help="auto takes a GPU where there is one.")] = DeviceOption.auto,
+    seed: Annotated[int, typer.Option(help="Of all draws: the same gives the same numbers, but for seconds.")] = 0,
+    factor: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Of rope-scaling: how many times the trained length; 2 if not given."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=_folder, metavar="FILE", help="Write the receipt for programs.")
+    ] = None,
+    write_anyway: Annotated[
+        bool, typer.Option("--write-anyway", help="Write the treated checkpoint even if it does not help.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights from a pickle, as plain tensors only.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(parser=_folder, metavar="DIR", help="Folder of the tokenizer, if not the model's.")
+    ] = None,
+) -> None:
+    """Treat a checkpoint, and prove what that did: quality kept, the problem eased, the folder read back alike.
+
+    The treated checkpoint is written only if the treatment helps; else the exit code is 1.
+    """
+    from transformer_problems.cli.apply import TreatmentRequest, treat_model
+
+    treat_model(
+        TreatmentRequest(
+            tuple(solutions),
+            model,
+            out,
+            data,
+            device.value,
+            seed,
+            factor,
+            json_file,
+            write_anyway,
+            allow_pickle,
+            tokenizer,
+        )
+    )
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(parser=_folder, metavar="DIR", help="Folder that `measure` wrote.")],
     format: Annotated[FormatOption, typer.Option("--format", help="Form of the output.")] = FormatOption.json,

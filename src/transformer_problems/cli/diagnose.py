@@ -23,7 +23,7 @@ from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject
 from transformer_problems.cli.tables import named_problem
 from transformer_problems.clinic.diagnose import begin, examine, finished, material_for
-from transformer_problems.clinic.diagnosis import Diagnosis, failing
+from transformer_problems.clinic.diagnosis import Description, Diagnosis, failing
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.findings import SEVERITIES, Finding, Severity
 from transformer_problems.lab.device import DeviceChoice, resolve_device
@@ -39,7 +39,7 @@ _STYLES: dict[Severity, str] = {
 }
 _SHORT: dict[Severity, str] = {"not applicable": "-", "not examined": "?"}
 _FEW_REMEDIES = 2
-_NARROW = 72  # columns: on fewer the last of four would be a ribbon of three words a line
+NARROW = 72  # columns: on fewer the last of four would be a ribbon of three words a line
 _FOUND, _INTERRUPTED = 1, 130  # exit codes: a check-up failed or --fail-on found something; Ctrl-C, as the shell has it
 
 
@@ -69,7 +69,7 @@ def diagnose_model(request: DiagnosisRequest) -> None:
     console = Console()
     problems = _chosen(request.only)
     for file in (request.json_file, request.html_file):
-        _require_writable(file)
+        require_writable(file)
     named = [file.resolve() for file in (request.json_file, request.html_file) if file is not None]
     if len(set(named)) < len(named):
         raise ArgumentError(f"--json and --html must name two files; got {request.json_file} twice. Rename one.")
@@ -81,7 +81,7 @@ def diagnose_model(request: DiagnosisRequest) -> None:
     )
     visit = Visit(subject, material_for(subject, request.data), request.seed)
     found, started = begin(visit), perf_counter()
-    _print_head(console, found, visit)
+    print_head(console, found.model, found.caution, visit)
     try:
         for finding in _with_progress(visit, problems, request.budget_s):
             found = found.with_finding(finding, perf_counter() - started)
@@ -115,7 +115,12 @@ def _chosen(only: str | None) -> Sequence[Problem]:
     return sorted({named_problem(catalogue, name) for name in names}, key=lambda problem: problem.number)
 
 
-def _require_writable(file: Path | None) -> None:
+def require_writable(file: Path | None) -> None:
+    """That a file, where one is named, can be written.
+
+    Raises:
+        OutputError: If it cannot.
+    """
     if file is None:
         return
     if file.is_dir() or not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
@@ -142,8 +147,8 @@ def _with_progress(visit: Visit, problems: Sequence[Problem], budget_s: float | 
         yield from examine(replace(visit, progress=go_on), problems, budget_s=budget_s, on_start=begin_one)
 
 
-def _print_head(console: Console, found: Diagnosis, visit: Visit) -> None:
-    model = found.model
+def print_head(console: Console, model: Description, caution: str | None, visit: Visit) -> None:
+    """Which model it is, where it runs, and what it is examined on."""
     facts = [model.architecture, f"{format_amount(model.num_parameters)} parameters", model.dtype]
     if model.trained_len is not None:
         facts.append(f"{model.trained_len:,} positions")
@@ -151,8 +156,8 @@ def _print_head(console: Console, found: Diagnosis, visit: Visit) -> None:
     where = f"{device.type}, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
     console.print(Text.assemble((model.name, "bold"), f"  {', '.join(facts)}  ", (where, "dim")))
     console.print(Text(f"examined on {visit.material.source}", style="dim"))
-    if found.caution is not None:
-        console.print(Text(f"caution: {found.caution}", style="yellow"))
+    if caution is not None:
+        console.print(Text(f"caution: {caution}", style="yellow"))
 
 
 def _print_finding(console: Console, finding: Finding) -> None:
@@ -160,7 +165,7 @@ def _print_finding(console: Console, finding: Finding) -> None:
     told = [Text.assemble("→ ", (remedy.solution, "bold"), f"  {remedy.promise}") for remedy in finding.remedies]
     word, style = _SHORT.get(finding.severity, finding.severity), _STYLES[finding.severity]
     meaning = Text(finding.meaning, "dim" if word == "-" else "")
-    if console.width < _NARROW:
+    if console.width < NARROW:
         console.print(Text.assemble(f"{finding.problem:02d}  {title}  ", (word, style)))
         for line in (meaning, *told[:_FEW_REMEDIES]):
             console.print(Padding(line, (0, 0, 0, 4), expand=False))

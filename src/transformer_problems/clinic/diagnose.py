@@ -121,7 +121,13 @@ def material_for(subject: Subject, data: Path | None) -> Material:
 def begin(visit: Visit) -> Diagnosis:
     """A diagnosis without findings yet."""
     subject = visit.subject
-    description = Description(
+    environment = describe_environment(subject.device, __version__)
+    return Diagnosis(describe(subject), visit.material.source, visit.seed, environment, caution=caution_of(visit))
+
+
+def describe(subject: Subject) -> Description:
+    """What there is to say of a model before it is examined."""
+    return Description(
         name=subject.name,
         architecture=type(subject.model).__name__,
         kind=subject.kind,
@@ -131,11 +137,9 @@ def begin(visit: Visit) -> Diagnosis:
         trained_len=subject.trained_len,
         hard_limit=subject.hard_limit,
     )
-    environment = describe_environment(subject.device, __version__)
-    return Diagnosis(description, visit.material.source, visit.seed, environment, caution=_caution(visit))
 
 
-def _caution(visit: Visit) -> str | None:
+def caution_of(visit: Visit) -> str | None:
     """What the reader has to know before the findings: of how the model was loaded, and of the texts."""
     try:
         of_texts = caution_about(visit)
