@@ -77,13 +77,9 @@ class Subject:
     def num_parameters(self) -> int:
         """Numbers that were learned, those that are stored as codes by now among them."""
         coded = [part for part in self.model.modules() if getattr(part, "made_by", None) == "quantize"]
-        codes = sum(
-            getattr(part, name).numel()
-            for part in coded
-            for name in _CODED
-            if isinstance(getattr(part, name, None), Tensor)
-        )
-        return codes + sum(parameter.numel() for parameter in self.model.parameters())
+        codes = (dict(part.named_buffers(recurse=False)).get(name) for part in coded for name in _CODED)
+        counted = sum(tensor.numel() for tensor in codes if tensor is not None)
+        return counted + sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def weight_bytes(self) -> int:

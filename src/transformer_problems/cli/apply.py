@@ -116,7 +116,7 @@ def _change(clause: Clause) -> tuple[str, ...]:
     effect, unit = clause.effect, f" {clause.unit}" if clause.unit != "1" else ""
     if clause.before is None or clause.after is None:
         return (f"{_interval(effect, '.3g')}{unit}",)
-    ends = f"{clause.before.value:.3g} → {clause.after.value:.3g}{unit}"
+    ends = f"{clause.before.value:.4g} → {clause.after.value:.4g}{unit}"
     if clause.compare == "ratio":
         return ends, f", {_interval(effect, '.2f')}x"
     return ends, f", {_interval(effect, '+.3f')}"

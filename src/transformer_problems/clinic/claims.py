@@ -46,7 +46,7 @@ def reading_on(before: Visit, after: Visit) -> Iterator[Clause]:
     ]
     label = f"what reading on from {trained:,} to {length:,} tokens costs"
     yield _of_lengths(label, costs, treated)
-    if uses_cache(subject):
+    if subject.kind == "causal" and uses_cache(after.subject):
         in_pieces = torch.stack([one.in_pieces.mean() for one in losses])
         cached = [
             torch.stack([_read_beside_cache(visit, text, trained) for text in texts]) - in_pieces

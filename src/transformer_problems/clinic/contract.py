@@ -130,13 +130,13 @@ def read_back(treated: Visit, again: Subject) -> Clause:
     state: State = "kept" if apart <= _MOST_APART else "broken"  # which NaN is, too
     return Clause(
         "read back",
-        "the folder, read back, answers as the treated model",
-        "of the answers",
+        "how far the folder, read back, answers from the treated model",
+        "1",
         None,
         None,
         exactly(apart),
         "difference",
-        f"at most {_MOST_APART:g} apart",
+        f"at most {_MOST_APART:g} of the answers",
         state,
     )
 

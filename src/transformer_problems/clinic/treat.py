@@ -35,7 +35,7 @@ class Outcome:
 
 def treat(
     model: nn.Module | str | Path,
-    solutions: Sequence[str | Treatment] | str | Treatment,
+    solutions: Sequence[str | Treatment],
     tokenizer: Any = None,
     *,
     out: Path | str | None = None,
@@ -63,7 +63,7 @@ def treat(
 
     Example:
         >>> from transformer_problems import bundled, treat
-        >>> outcome = treat(bundled("draft"), "quantization")
+        >>> outcome = treat(bundled("draft"), ["quantization"])
         >>> outcome.receipt.clauses[0].state
         'kept'
     """
@@ -81,16 +81,17 @@ def treat(
     return prove(visit, treatments, out=target, write_anyway=write_anyway)
 
 
-def chosen_treatments(solutions: Sequence[str | Treatment] | str | Treatment) -> list[Treatment]:
+def chosen_treatments(solutions: Sequence[str | Treatment]) -> list[Treatment]:
     """The treatments of these solutions, in order.
 
     Raises:
         ArgumentError: If there is none, one is named twice, or it cannot be applied to a checkpoint.
     """
-    several = list(solutions) if isinstance(solutions, list | tuple) else [solutions]
-    found = [load_treatment(one) if isinstance(one, str) else one for one in several]
-    if not found:
-        raise ArgumentError("solutions must name one solution at least, such as 'rope-scaling'; got none.")
+    if isinstance(solutions, str) or not solutions:
+        raise ArgumentError(
+            f"solutions must be a list of one solution or more, as ['rope-scaling']; got {solutions!r}."
+        )
+    found = [load_treatment(one) if isinstance(one, str) else one for one in solutions]
     slugs = [treatment.solution for treatment in found]
     if twice := next((slug for slug in slugs if slugs.count(slug) > 1), None):
         raise ArgumentError(f"solutions must name each once; {twice} is named {slugs.count(twice)} times.")

@@ -29,4 +29,4 @@ class KVCacheOn:
         model = deepcopy(subject.model)
         cast("Any", model).config.use_cache = True
         cast("Any", model).generation_config.use_cache = True
-        return Treated(subject.with_model(model), {"use_cache": True, "why": "it was false"})
+        return Treated(subject.with_model(model), {"use_cache": True, "why": "the config turned it off"})
