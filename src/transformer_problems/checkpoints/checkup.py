@@ -152,6 +152,13 @@ class Checkup(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsFloats(Protocol):
+    """A check-up that cannot look into layers whose weights are codes."""
+
+    needs_floats: str  # why, a sentence
+
+
 class Fault(Protocol):
     """The fault that a check-up is for, planted in a healthy model; beside each `checkup.py` in `fault.py`."""
 

@@ -63,7 +63,7 @@ def load_subject(
     _check_room(sum(file.stat().st_size for file in files), folder, torch.device(device))
     with quiet(transformers):
         loaded = (
-            load_codes(transformers, name, folder, record)
+            load_codes(transformers, folder, record)
             if record is not None and of_codes
             else _load_model(transformers, name, folder, files)
         )

@@ -76,8 +76,7 @@ class Subject:
     @property
     def num_parameters(self) -> int:
         """Numbers that were learned, those that are stored as codes by now among them."""
-        coded = [part for part in self.model.modules() if getattr(part, "made_by", None) == "quantize"]
-        codes = (dict(part.named_buffers(recurse=False)).get(name) for part in coded for name in _CODED)
+        codes = (dict(part.named_buffers(recurse=False)).get(name) for part in self._quantized for name in _CODED)
         counted = sum(tensor.numel() for tensor in codes if tensor is not None)
         return counted + sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -85,6 +84,11 @@ class Subject:
     def weight_bytes(self) -> int:
         """Bytes of all that is stored of it, the scales of codes among them."""
         return stored_bytes(self.model)
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether layers of it are quantized."""
+        return bool(self._quantized)
 
     @property
     def num_layers(self) -> int:
@@ -232,6 +236,10 @@ class Subject:
     def with_model(self, model: nn.Module) -> "Subject":
         """The same around another model."""
         return replace(self, model=model)
+
+    @property
+    def _quantized(self) -> list[nn.Module]:
+        return [part for part in self.model.modules() if getattr(part, "made_by", None) == "quantize"]
 
     def _called(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Any:
         with evaluating(self.model):

@@ -127,15 +127,15 @@ def read_record(folder: Path) -> TreatmentRecord | None:
         raise CheckpointError(f"{file} is damaged ({error!r}). Apply the treatment again.") from error
 
 
-def load_codes(transformers: Any, name: str, folder: Path, record: TreatmentRecord) -> Any:
-    """The model whose weights are codes.
+def load_codes(transformers: Any, folder: Path, record: TreatmentRecord) -> Any:
+    """The model whose weights are codes, as the class that was treated.
 
     Raises:
         CheckpointError: If its file does not fit its config and record.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        empty: nn.Module = getattr(transformers, name)._from_config(config, dtype=config.dtype)
+        empty: nn.Module = getattr(transformers, config.architectures[0])._from_config(config, dtype=config.dtype)
         chain = Chain(*(QuantizeInt8(skip=step.skip) for step in record.steps if step.skip is not None))
         return load_treated(folder / CODES, empty, chain)
     except Exception as error:  # whatever a damaged config, record or file leads to

@@ -126,7 +126,9 @@ def read_back(treated: Visit, again: Subject) -> Clause:
     """That the folder, read back, answers as the treated model did."""
     inputs = _examples(treated)
     one, other = (answers(subject, inputs) for subject in (treated.subject, again))
-    apart = float((one - other).norm() / one.norm().clamp(min=1e-30))
+    apart = inf  # where they are not even of one shape
+    if one.shape == other.shape:
+        apart = float((one - other).norm() / one.norm().clamp(min=1e-30))
     state: State = "kept" if apart <= _MOST_APART else "broken"  # which NaN is, too
     return Clause(
         "read back",

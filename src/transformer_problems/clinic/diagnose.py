@@ -16,7 +16,7 @@ from torch import nn
 from transformer_problems import __version__
 from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.catalogue.checkups import CheckupEntry, load_checkups
-from transformer_problems.checkpoints.checkup import Visit
+from transformer_problems.checkpoints.checkup import NeedsFloats, Visit
 from transformer_problems.checkpoints.foreign import caution_about, require_known
 from transformer_problems.checkpoints.loading import load_subject, subject_of
 from transformer_problems.checkpoints.material import (
@@ -208,6 +208,8 @@ def _finding(visit: Visit, problem: Problem) -> Finding:
     checkup = load_checkup(problem)
     if reason := checkup.not_for.get(visit.subject.kind):
         return Finding(problem.number, "not applicable", reason)
+    if isinstance(checkup, NeedsFloats) and visit.subject.holds_codes:
+        return Finding(problem.number, "not applicable", checkup.needs_floats)
     try:
         examination = checkup.examine(visit)
     except TransformerProblemsError as error:

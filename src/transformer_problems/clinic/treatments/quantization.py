@@ -25,7 +25,7 @@ class Quantization:
 
     def refusal(self, subject: Subject) -> str | None:
         parts = list(subject.model.modules())
-        if any(getattr(part, "made_by", None) == "quantize" for part in parts):
+        if subject.holds_codes:
             return "its weights are codes already. Start from the float checkpoint."
         if not _rounded(subject.model):
             conv = " but Conv1D, GPT-2's own," if any(type(part).__name__ == "Conv1D" for part in parts) else ""

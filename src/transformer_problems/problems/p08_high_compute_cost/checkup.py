@@ -37,6 +37,7 @@ class ComputeCheckup:
 
     problem = 8
     not_for: Mapping[Kind, str] = {}
+    needs_floats = "its linear layers hold int8 codes, and products with codes are not told apart by their weights"
 
     @torch.no_grad()
     def examine(self, visit: Visit) -> Examination:

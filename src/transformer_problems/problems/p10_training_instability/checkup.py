@@ -33,6 +33,7 @@ class StabilityCheckup:
 
     problem = 10
     not_for: Mapping[Kind, str] = {}
+    needs_floats = "its linear layers hold int8 codes, through which no gradients flow"
 
     def examine(self, visit: Visit) -> Examination:
         inputs = visit.inputs(_NUM_EXAMPLES, _LENGTH)

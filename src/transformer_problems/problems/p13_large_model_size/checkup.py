@@ -31,6 +31,9 @@ class SizeCheckup:
 
     problem = 13
     not_for: Mapping[Kind, str] = {}
+    needs_floats = (
+        "its linear layers hold int8 codes: it is stored smaller already, and a fine-tuning begins with the float model"
+    )
 
     @torch.no_grad()
     def examine(self, visit: Visit) -> Examination:

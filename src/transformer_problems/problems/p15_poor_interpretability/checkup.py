@@ -41,6 +41,7 @@ class AttentionCheckup:
 
     problem = 15
     not_for: Mapping[Kind, str] = {"image": "what an answer owes to each part of an input is looked for in text alone"}
+    needs_floats = "its linear layers hold int8 codes, through which no gradients flow"
 
     def examine(self, visit: Visit) -> Examination:
         trial = _pose(visit)
