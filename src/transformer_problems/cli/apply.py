@@ -19,7 +19,7 @@ from transformer_problems.clinic.contract import Clause, State, Verdict
 from transformer_problems.clinic.diagnose import caution_of, describe, material_for
 from transformer_problems.clinic.receipts import Receipt
 from transformer_problems.clinic.treat import chosen_treatments, prove
-from transformer_problems.clinic.treatment import Treatment
+from transformer_problems.clinic.treatment import Treatment, require_applicable
 from transformer_problems.clinic.treatments.rope_scaling import RoPEScaling
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.records import Interval
@@ -72,15 +72,19 @@ def treat_model(request: TreatmentRequest) -> None:
         allow_pickle=request.allow_pickle,
         tokenizer=request.tokenizer,
     )
+    for treatment in treatments:
+        require_applicable(treatment, subject)
     visit = Visit(subject, material_for(subject, request.data), request.seed)
     print_head(console, describe(subject), caution_of(visit), visit)
-    outcome = prove(
-        visit,
-        treatments,
-        out=request.out,
-        write_anyway=request.write_anyway,
-        on_clause=lambda clause: _print_clause(console, clause),
-    )
+    with Console(stderr=True).status("") as status:  # drawn on a terminal alone
+        outcome = prove(
+            visit,
+            treatments,
+            out=request.out,
+            write_anyway=request.write_anyway,
+            on_clause=lambda clause: _print_clause(console, clause),
+            on_step=status.update,
+        )
     _write_json(request.json_file, outcome.receipt)
     _print_end(console, outcome.receipt, request)
     if outcome.receipt.written is None:

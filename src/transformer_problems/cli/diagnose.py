@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,11 @@ from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.checkpoints.bundled import bundled
 from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject
+from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.cli.tables import named_problem
 from transformer_problems.clinic.diagnose import begin, examine, finished, material_for
 from transformer_problems.clinic.diagnosis import Description, Diagnosis, failing
+from transformer_problems.clinic.treatment import treatable
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.findings import SEVERITIES, Finding, Severity
 from transformer_problems.lab.device import DeviceChoice, resolve_device
@@ -89,20 +92,21 @@ def diagnose_model(request: DiagnosisRequest) -> None:
             _write_json(request.json_file, found)
         found = finished(found)
     except KeyboardInterrupt:
-        _keep(console, found, request)
+        _keep(console, found, request, subject)
         sys.exit(_INTERRUPTED)
-    _keep(console, found, request)
+    _keep(console, found, request, subject)
     bad = failing(found.findings, request.fail_on) if request.fail_on else []
     if bad or (request.budget_s is None and found.count("not examined")):
         raise typer.Exit(_FOUND)
 
 
-def _keep(console: Console, found: Diagnosis, request: DiagnosisRequest) -> None:
+def _keep(console: Console, found: Diagnosis, request: DiagnosisRequest, subject: Subject) -> None:
     """Write and tell what was found, be it all that was asked for or what was finished when the user stopped it."""
     _write_json(request.json_file, found)
     if request.html_file is not None:
         write_diagnosis(request.html_file, found, load_catalogue())
     _print_end(console, found, request)
+    _print_hint(console, found, request, subject)
 
 
 def _chosen(only: str | None) -> Sequence[Problem]:
@@ -194,6 +198,16 @@ def _print_end(console: Console, found: Diagnosis, request: DiagnosisRequest) ->
         console.print(f"read more: transformer-problems show {worst:02d}", style="dim")
     if request.html_file is None:
         console.print("with plots: add --html FILE", style="dim")
+
+
+def _print_hint(console: Console, found: Diagnosis, request: DiagnosisRequest, subject: Subject) -> None:
+    """How to try a remedy that can be applied to the model as it is."""
+    solution = treatable(found.worst_first(), subject)
+    if solution is not None:
+        data = "" if request.data is None else f" --data {shlex.quote(str(request.data))}"
+        model = shlex.quote(str(bundled("base") if request.model is None else request.model))
+        told = f"try it: transformer-problems apply {solution} {model} --out DIR{data}"
+        console.print(Text(told, style="dim"), soft_wrap=True)
 
 
 def _write_json(file: Path | None, found: Diagnosis) -> None:

@@ -20,7 +20,6 @@ from transformer_problems.clinic.diagnose import caution_of, describe, examine, 
 from transformer_problems.clinic.receipts import Receipt
 from transformer_problems.clinic.treatment import Treatment, applied, load_treatment
 from transformer_problems.core.errors import ArgumentError
-from transformer_problems.core.findings import Finding
 from transformer_problems.lab.device import DeviceChoice, describe_environment, resolve_device
 from transformer_problems.problems import load_checkup
 
@@ -105,12 +104,20 @@ def prove(
     out: Path | None = None,
     write_anyway: bool = False,
     on_clause: Callable[[Clause], None] = lambda clause: None,
+    on_step: Callable[[str], None] = lambda told: None,
 ) -> Outcome:
-    """See `treat`; `on_clause` is called with each clause as it is measured."""
+    """See `treat`.
+
+    Args:
+        on_clause: Called with each clause as it is measured.
+        on_step: Called with what is done next.
+    """
     started = perf_counter()
     after = visit
     for treatment in treatments:
+        on_step(f"applying {treatment.solution}")
         after = applied(treatment, after)
+    on_step("measuring before and after")
     problems = _claimed_problems(visit.subject, treatments)
     clauses = []
     with unfinished_folder(out) as folder:
@@ -119,7 +126,8 @@ def prove(
             clauses.append(clause)
             on_clause(clause)
         word = verdict(clauses)
-        before_found, after_found = (_findings(each, problems) for each in (visit, after))
+        on_step("examining for the problems it is to ease")
+        before_found, after_found = (tuple(examine(each, problems)) for each in (visit, after))
         written = out is not None and (word == "helps" or write_anyway)
         if written and out is not None:
             finish(folder, out)
@@ -156,7 +164,3 @@ def _claimed_problems(subject: Subject, treatments: Sequence[Treatment]) -> list
     numbers = sorted({number for treatment in treatments for number in treatment.claims})
     problems = [load_catalogue().problem(number) for number in numbers]
     return [problem for problem in problems if subject.kind not in load_checkup(problem).not_for]
-
-
-def _findings(visit: Visit, problems: Sequence[Problem]) -> tuple[Finding, ...]:
-    return tuple(examine(visit, problems))

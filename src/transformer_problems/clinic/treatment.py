@@ -1,7 +1,7 @@
 """What a treatment of a checkpoint is, and how one is found by the name of its solution."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,6 +11,10 @@ from transformer_problems.checkpoints.record import Step, TreatmentRecord
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.clinic.treatments import TREATMENTS
 from transformer_problems.core.errors import CombinationError
+from transformer_problems.core.findings import Finding
+
+# roles of solutions that change what a model learns, and so have to be there while it does
+_TRAINED_ANEW = ("attention", "position", "recurrence", "residual", "normalization", "tokens", "training", "adaptation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +56,34 @@ def load_treatment(name: str) -> Treatment:
     """
     solution = load_catalogue().solution(name)
     if solution.slug not in TREATMENTS:
-        needs = (
-            "a model trained anew with it" if solution.role not in ("decoding", "deployment") else "a program's call"
-        )
+        why = "needs a model trained anew with it" if solution.role in _TRAINED_ANEW else "is used from Python"
         raise CombinationError(
-            f"{solution.slug} cannot be applied to a trained checkpoint: it needs {needs}. Those that can: "
+            f"{solution.slug} cannot be applied to a trained checkpoint: it {why}. Those that can: "
             f"{', '.join(TREATMENTS)}. See `transformer-problems show {solution.slug}`."
         )
     module, _, attribute = TREATMENTS[solution.slug].partition(":")
     treatment: Treatment = getattr(importlib.import_module(f"transformer_problems.{module}"), attribute)()
     return treatment
+
+
+def treatable(findings: Sequence[Finding], subject: Subject) -> str | None:
+    """The first remedy of these findings, mild or severe ones, that promises something and that this model can have."""
+    for finding in findings:
+        for remedy in finding.remedies if finding.severity in ("severe", "mild") else ():
+            is_promising = remedy.solution in TREATMENTS and remedy.factor > 1
+            if is_promising and load_treatment(remedy.solution).refusal(subject) is None:
+                return remedy.solution
+    return None
+
+
+def require_applicable(treatment: Treatment, subject: Subject) -> None:
+    """That a model can have a treatment.
+
+    Raises:
+        CombinationError: If it cannot, with the reason.
+    """
+    if reason := treatment.refusal(subject):
+        raise CombinationError(f"{treatment.solution} cannot be applied to {subject.name}: {reason}")
 
 
 def applied(treatment: Treatment, visit: Visit) -> Visit:
@@ -71,8 +93,7 @@ def applied(treatment: Treatment, visit: Visit) -> Visit:
         CombinationError: If the model cannot have it.
     """
     before = visit.subject
-    if reason := treatment.refusal(before):
-        raise CombinationError(f"{treatment.solution} cannot be applied to {before.name}: {reason}")
+    require_applicable(treatment, before)
     treated = treatment.apply(visit)
     record = (before.record or TreatmentRecord(before.name)).then(
         Step(treatment.solution, treated.settings, treated.skip)
