@@ -14,7 +14,8 @@ from transformer_problems.checkpoints.loading import load_subject
 from transformer_problems.checkpoints.material import Material, machines_texts
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.clinic.claims import CLAIMS
-from transformer_problems.clinic.contract import Clause, claimed, quality, read_back, verdict
+from transformer_problems.clinic.contract import Clause, _at_most, claimed, quality, read_back, verdict
+from transformer_problems.clinic.excerpts import to_choose, to_judge
 from transformer_problems.core.records import Interval
 
 
@@ -131,3 +132,16 @@ def test_another_model_in_the_folder_is_noticed(visit: Visit) -> None:
 def test_a_claim_of_a_model_that_was_left_as_it_is_is_not_kept(problem: int, visit: Visit) -> None:
     found: Iterator[Clause] = CLAIMS[problem](visit, visit)
     assert {(one.change, one.state, one.problem) for one in found} == {("same", "broken", problem)}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "state"), [(-0.1, 0.02, "kept"), (-0.1, 0.03, "not sure"), (0.021, 1.0, "broken")]
+)
+def test_an_interval_across_the_limit_is_not_sure(low: float, high: float, state: str) -> None:
+    assert _at_most(Interval(0.02, low, high), 0.02) == state
+
+
+def test_settings_are_not_proved_on_the_texts_that_they_were_chosen_by(visit: Visit) -> None:
+    chosen, judged = to_choose(visit, 8, 128), to_judge(visit, 8, 128)
+    assert chosen.shape == judged.shape == (8, 128)
+    assert not (chosen[:, None] == judged[None]).all(dim=-1).any()
