@@ -160,6 +160,15 @@ def test_a_check_up_stopped_while_it_loads_promises_nothing(
     assert capsys.readouterr().err.strip() == "stopped"
 
 
+@pytest.mark.parametrize(("only", "is_named"), [("09", True), ("02", False)])
+def test_the_end_names_a_remedy_that_can_be_applied(
+    only: str, is_named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diagnose_model(request(tmp_path, only=only))
+    line = f"try it: transformer-problems apply rope-scaling {bundled('draft')} --out DIR\n"
+    assert (line in capsys.readouterr().out) == is_named
+
+
 def test_a_narrow_terminal_keeps_sentences_together(capsys: pytest.CaptureFixture[str]) -> None:
     sentence = "a sentence of about fifty characters, which it is"
     finding = Finding(2, "mild", sentence, remedies=(Remedy("rope", "turned by its place"),))

@@ -137,6 +137,40 @@ def test_refusals(draft: Subject, encoder: Subject, vision: Subject) -> None:
     assert told("kv-cache", without_cache(draft)) == ""
 
 
+def small(name: str, **settings: object) -> Subject:
+    """A random model of transformers, of that class."""
+    import transformers
+
+    made_of = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    model_class: Any = getattr(transformers, name)
+    return Subject(name, "causal", model_class(model_class.config_class(**{**made_of, **settings})).eval())
+
+
+def test_kinds_of_layers_with_positions_of_their_own_are_refused() -> None:
+    told = load_treatment("rope-scaling").refusal(small("Gemma3ForCausalLM", head_dim=16, sliding_window=32))
+    assert "kinds of layers" in (told or "")
+
+
+@pytest.mark.parametrize("way", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPTNeoXForCausalLM"])
+def test_other_models_with_rotary_positions_are_scaled(name: str, way: str) -> None:
+    subject = small(name)
+    tokens = torch.arange(120)[None]
+    scaled = scaled_copy(subject, way, 2.0)
+    with torch.no_grad():
+        before, after = (one.run({"input_ids": tokens}).output for one in (subject, scaled))
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+
+
 def test_codes_are_not_rounded_again(visit: Visit) -> None:
     rounded = applied(Quantization(), visit)
     with pytest.raises(CombinationError, match="codes already"):
@@ -144,9 +178,10 @@ def test_codes_are_not_rounded_again(visit: Visit) -> None:
 
 
 def test_gpt2_is_refused_by_the_name_of_its_layers(texts: Material) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    subject = Subject("small", "causal", transformers.GPT2LMHeadModel(config).eval())
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    subject = Subject("small", "causal", GPT2LMHeadModel(config).eval())
     with pytest.raises(CombinationError, match="Conv1D"):
         applied(Quantization(), Visit(subject, texts))
 

@@ -56,10 +56,10 @@ class RoPEScaling:
 
     def refusal(self, subject: Subject) -> str | None:
         scaling = getattr(subject.config, "rope_parameters", None)
+        if isinstance(scaling, dict) and "rope_type" not in scaling:
+            return "its kinds of layers have rotary positions of their own each, which is not supported."
         if not isinstance(scaling, dict) or not _rotary_parts(subject.model):
             return "it has no rotary positions (rope_parameters in its config)."
-        if "rope_type" not in scaling:
-            return "its kinds of layers have rotary positions of their own each, which is not supported."
         if scaling["rope_type"] != "default":
             return f"its rotary positions are scaled already (rope_type {scaling['rope_type']!r} in its config)."
         if not subject.has_loss:
@@ -119,6 +119,8 @@ def scaled_copy(subject: Subject, way: str, factor: float) -> Subject:
     # dynamic scaling counts from max_position_embeddings, which has to stay the trained length then
     config.max_position_embeddings = trained if way == "dynamic" else int(factor * trained)
     config.rope_parameters = scaling
+    if getattr(config, "head_dim", 0) is None:  # Mixtral's, of which transformers scales by none but "linear"
+        config.head_dim = subject.embed_dim // subject.num_heads
     for path in _rotary_parts(model):
         old = model.get_submodule(path)
         new = cast("Any", type(old))(config).to(next(model.parameters()).device)
