@@ -211,6 +211,23 @@ def test_an_id_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     assert "could not be had as an id" in refusal("nobody/nothing-of-this-name")
 
 
+def test_an_id_keeps_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder in the cache is called by a revision."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folder))
+    assert load_subject("somebody/draft").name == "somebody/draft"
+
+
+@pytest.mark.parametrize("name", ["DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"])
+def test_each_form_of_an_image_model_is_loaded_as_itself(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.DeiTConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    getattr(transformers, name)(config).save_pretrained(tmp_path)
+    assert type(load_subject(tmp_path).model).__name__ == name
+
+
 def test_float16_on_a_cpu_is_examined_in_float32_and_told(folder: Path) -> None:
     weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -73,7 +73,7 @@ def load_subject(
         if _is_half_on_cpu(loaded):
             _check_room(2 * loaded.num_parameters() * loaded.dtype.itemsize, folder, loaded.device)
             loaded, caution = loaded.float(), _WIDENED
-        subject = Subject(folder.name, kind, loaded, reader, caution, record)
+        subject = Subject(_called(str(model), folder), kind, loaded, reader, caution, record)
         _check_shows_itself(subject)
     return subject
 
@@ -137,6 +137,11 @@ def _folder(model: str) -> Path:
         ) from error
 
 
+def _called(model: str, folder: Path) -> str:
+    """What the reader calls it: the folder of an id has the name of a revision."""
+    return folder.name if Path(model).expanduser().exists() else model
+
+
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
@@ -166,7 +171,8 @@ def _kind(transformers: Any, settings: dict[str, Any], where: object) -> tuple[K
     if "vision_config" in settings or "audio_config" in settings:
         raise CheckpointError(f"{where} ({name}) reads more than text, or than images. {_SUPPORTED}.")
     if family in _IMAGE_MODELS:
-        known = (*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(), auto.MODEL_MAPPING_NAMES.get(family))
+        classifiers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(family)  # DeiT has two
+        known = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
         return "image", name if name in known else str(auto.MODEL_MAPPING_NAMES[family])
     if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not name.startswith(("Bert", "Roberta", "Electra")):
         return "causal", name
