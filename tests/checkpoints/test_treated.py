@@ -1,6 +1,7 @@
 """A treated folder is read back as what was written, whole or not at all, and by transformers where weights allow."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from transformer_problems import diagnose
 from transformer_problems.checkpoints.bundled import bundled
@@ -189,3 +191,57 @@ def test_a_file_of_another_program_is_no_record(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     (tmp_path / RECORD).write_text('{"patient": "someone"}')
     assert read_record(tmp_path) is None
+
+
+def test_a_sentence_encoder_keeps_how_its_states_are_pooled(rounded: tuple[Subject, Path], tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "treated"
+    (source / "1_Pooling").mkdir(parents=True)
+    folder.mkdir()
+    parts = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "../rounded"}]
+    (source / "modules.json").write_text(json.dumps(parts))
+    (source / "config_sentence_transformers.json").write_text("{}")
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    write_treated(replace(rounded[0], folder=source), folder)
+    assert json.loads((folder / "1_Pooling" / "config.json").read_text()) == {"pooling_mode_mean_tokens": True}
+    assert (folder / "modules.json").is_file()
+    assert (folder / "config_sentence_transformers.json").is_file()
+    assert not (tmp_path / "rounded").exists()
+    (source / "modules.json").write_text("[1]")
+    with pytest.raises(OutputError, match="modules.json lists: it is damaged"):
+        write_treated(replace(rounded[0], folder=source), folder)
+
+
+def test_how_a_tokenizer_was_read_is_not_written_down(rounded: tuple[Subject, Path]) -> None:
+    settings = json.loads((rounded[1] / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only"} & set(settings)
+
+
+def test_others_may_read_what_the_user_lets_them_read(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        with unfinished_folder(tmp_path / "new") as folder:
+            (folder / "model.safetensors").touch(0o600)
+            finish(folder, tmp_path / "new")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "new" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_under_weights_is_one_line(draft: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: File too large")
+
+    monkeypatch.setattr(type(draft.model), "save_pretrained", fails)
+    with pytest.raises(OutputError, match=r"^cannot write the treated model into .*File too large\. Free some space"):
+        write_treated(scaled(draft, "linear"), tmp_path)
+
+
+@torch.no_grad()
+def test_a_pass_does_not_depend_on_longer_ones_before_it(draft: Subject) -> None:
+    """transformers' dynamic RoPE takes its angles back below the trained length alone."""
+    subject = scaled(draft, "dynamic")
+    at_its_length = LONG[:, :256]
+    before = logits(subject, at_its_length)
+    logits(subject, LONG)
+    assert torch.equal(logits(subject, at_its_length), before)

@@ -70,12 +70,14 @@ def test_several_are_applied_in_the_order_given(without_cache: Path, tmp_path: P
         (["alibi", "MODEL", "--out", "new"], "trained anew"),
         (["alib", "MODEL", "--out", "new"], "unknown solution 'alib'. Nearest: alibi"),
         (["kv-cache", "MODEL"], "--out"),
-        (["kv-cache", "--out", "new"], "SOLUTION"),
+        (["kv-cache", "--out", "new"], "a solution and then a model are needed"),
+        (["MODEL", "kv-cache", "--out", "new"], "solutions come first, and the model last"),
+        (["kv-cache", "MODEL", "--out", "new", "--json", "."], "cannot write .: it is a folder"),
         (["kv-cache", "/no/such/folder", "--out", "new"], "there is no /no/such/folder"),
         (["kv-cache", "MODEL", "--out", "."], "exists already"),
         (["kv-cache", "MODEL", "--out", "/no/such/folder/new"], "cannot write"),
         (["kv-cache", "MODEL", "--out", ""], "the name of the folder is empty"),
-        (["kv-cache", "MODEL", "--out", "new", "--json", "new"], "--out and --json must name two places"),
+        (["kv-cache", "MODEL", "--out", "new", "--json", "new"], "--json must be outside of --out"),
         (["kv-cache", "MODEL", "--out", "new", "--factor", "2"], "--factor is for rope-scaling"),
         (["rope-scaling", "MODEL", "--out", "new", "--factor", "1"], "factor must be more than 1"),
         (["kv-cache", "kv-cache", "MODEL", "--out", "new"], "named 2 times"),
@@ -100,6 +102,28 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_nothing_is_written_into_what_is_read(
+    option: str,
+    without_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {file.name: file.read_bytes() for file in without_cache.iterdir()}
+    places = {"--out": str(tmp_path / "new"), option: str(without_cache / "config.json.new")}
+    options = [part for pair in places.items() for part in pair]
+    assert stopped_code(monkeypatch, "kv-cache", str(without_cache), *options) == 2
+    assert f"{option} must be outside of the model's folder" in capsys.readouterr().err
+    data = tmp_path / "data.txt"
+    data.write_text("def f(x):\n    return x\n" * 1_000)
+    options = ["--out", str(tmp_path / "new"), "--data", str(data), "--json", str(data)]
+    assert stopped_code(monkeypatch, "kv-cache", str(without_cache), *options) == 2
+    assert "--json must not be what --data names" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in without_cache.iterdir()} == before
+    assert {file.name for file in tmp_path.iterdir()} == {"models", "data.txt"}
+
+
 @pytest.mark.parametrize("anyway", [False, True])
 def test_what_does_not_help_is_written_only_where_it_is_asked_for(
     anyway: bool,
@@ -108,7 +132,7 @@ def test_what_does_not_help_is_written_only_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(clinic, "verdict", lambda clauses: "hurts")
+    monkeypatch.setattr(clinic, "verdict", lambda clauses, on_foreign_texts: "hurts")
     out = tmp_path / "new"
     options = ["--write-anyway"] if anyway else []
     code = stopped_code(monkeypatch, "kv-cache", str(without_cache), "--out", str(out), *options)
@@ -136,7 +160,7 @@ def test_a_clause_names_both_ends_the_effect_and_the_rule(capsys: pytest.Capture
         "claim", "a loss", "nats", exactly(2.5), exactly(1.0), effect, "difference", "lower", "kept", 9, "better"
     )
     _print_clause(Console(width=110), clause)
-    line = "kept      09  a loss  2.5 → 1 nats, -1.500 (95%: -2.000 to -1.000)   (lower)"
+    line = "kept      09  a loss  2.500 → 1.000 nats, -1.500 (95%: -2.000 to -1.000)   (lower)"
     assert capsys.readouterr().out.rstrip() == line
     _print_clause(Console(width=60), clause)
     first, *rest = capsys.readouterr().out.splitlines()

@@ -16,6 +16,7 @@ from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.clinic.claims import CLAIMS
 from transformer_problems.clinic.contract import Clause, _at_most, claimed, quality, read_back, verdict
 from transformer_problems.clinic.excerpts import to_choose, to_judge
+from transformer_problems.core.errors import ArgumentError
 from transformer_problems.core.records import Interval
 
 
@@ -62,6 +63,7 @@ def test_the_verdict(quality_state: str, changes: list[str], back: str, word: st
         clause("read back", back),
     ]
     assert verdict(clauses) == word
+    assert verdict(clauses, on_foreign_texts=True) == ("hurts" if word == "hurts" else "inconclusive")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,18 @@ def test_an_interval_across_the_limit_is_not_sure(low: float, high: float, state
     assert _at_most(Interval(0.02, low, high), 0.02) == state
 
 
-def test_settings_are_not_proved_on_the_texts_that_they_were_chosen_by(visit: Visit) -> None:
-    chosen, judged = to_choose(visit, 8, 128), to_judge(visit, 8, 128)
-    assert chosen.shape == judged.shape == (8, 128)
-    assert not (chosen[:, None] == judged[None]).all(dim=-1).any()
+@pytest.mark.parametrize("characters", [10_000, 30_000, 2_000_000])
+def test_settings_are_not_proved_on_the_texts_that_they_were_chosen_by(visit: Visit, characters: int) -> None:
+    """Bytes are tokens here, and what they spell names its place, so no excerpt may share a piece with another."""
+    text = "".join(f"{place:07d} " for place in range(characters // 8))
+    short = replace(visit, material=Material("own", texts=(text,), own=True))
+    chosen, judged = to_choose(short, 8, 128), to_judge(short, 8, 128)
+    assert 4 <= len(chosen) == len(judged) <= 8
+    pieces = [place for row in (*chosen.tolist(), *judged.tolist()) for place in bytes(row).decode().split()[1:-1]]
+    assert len(pieces) == len(set(pieces))
+
+
+def test_material_too_short_to_choose_and_to_judge_by_is_refused(visit: Visit) -> None:
+    short = replace(visit, material=Material("own", texts=("word " * 300,), own=True))
+    with pytest.raises(ArgumentError, match=r"about 2,048 tokens or more.* half of own gave 750"):
+        to_judge(short, 8, 128)

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,12 @@ def test_a_solution_without_a_treatment_names_those_that_have_one() -> None:
         load_treatment("rope-scalin")
 
 
-@pytest.mark.parametrize("solutions", [[], "rope-scaling", ["kv-cache", "kv-cache"]])
+def test_adapters_are_for_trained_checkpoints_but_not_for_this_command() -> None:
+    with pytest.raises(CombinationError, match="it is used from Python"):
+        load_treatment("lora")
+
+
+@pytest.mark.parametrize("solutions", [[], "rope-scaling", ["kv-cache", "kv-cache"], ["kv-cache", 3]])
 def test_solutions_are_a_list_that_names_each_once(solutions: Any) -> None:
     with pytest.raises(ArgumentError, match="solutions must"):
         chosen_treatments(solutions)
@@ -230,6 +235,17 @@ def test_a_treatment_that_spoils_the_weights_hurts_and_nothing_is_written(visit:
     assert outcome.receipt.verdict == "hurts"
     assert outcome.receipt.clauses[0].state == "broken"
     assert outcome.receipt.written is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_helps_on_texts_that_the_model_does_not_know(visit: Visit, tmp_path: Path) -> None:
+    """The byte-level model knows Python; of random letters it foretells nothing."""
+    draws = torch.Generator().manual_seed(0)
+    letters = "".join(map(chr, torch.randint(33, 1_000, (60_000,), generator=draws).tolist()))
+    foreign = replace(visit, material=Material("own", texts=(letters,), own=True))
+    outcome = prove(foreign, [load_treatment("quantization")], out=tmp_path / "treated")
+    assert outcome.receipt.caution is not None
+    assert outcome.receipt.verdict in ("inconclusive", "hurts")
     assert not list(tmp_path.iterdir())
 
 

@@ -109,6 +109,7 @@ def test_wrong_arguments_are_refused() -> None:
         ((q.float(), q, q), "q, k and v must be bfloat16 for AMX; got torch.float32"),
         ((q[0], q[0], q[0]), r"q must be \[B, H, N, D\], k and v \[B, G, M, D\] for AMX; got \[4, 5, 16\]"),
         ((q, q, q[..., :8]), "k and v .* for AMX"),
+        ((q, q[..., None], q[..., None]), r"k and v \[B, G, M, D\] for AMX; .* \[1, 4, 5, 16, 1\]"),
         (
             (torch.zeros(1, 1, 2, 257).bfloat16(),) * 3,
             "head_dim must be from 1 to 256 for AMX; got 257. Use more heads",

@@ -73,7 +73,7 @@ def load_subject(
         if _is_half_on_cpu(loaded):
             _check_room(2 * loaded.num_parameters() * loaded.dtype.itemsize, folder, loaded.device)
             loaded, caution = loaded.float(), _WIDENED
-        subject = Subject(_called(str(model), folder), kind, loaded, reader, caution, record)
+        subject = Subject(_called(str(model), folder), kind, loaded, reader, caution, record, folder)
         _check_shows_itself(subject)
     return subject
 

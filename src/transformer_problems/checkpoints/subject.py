@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -52,6 +53,7 @@ class Subject:
             deviations of 0.5.
         caution: What the reader has to know of how it was loaded, before the findings.
         record: What was done to it before, if anything was.
+        folder: Where it was read from; None of a model that was in memory.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Subject:
     tokenizer: Any = None
     caution: str | None = None
     record: TreatmentRecord | None = None
+    folder: Path | None = None
 
     @property
     def config(self) -> Any:
@@ -242,6 +245,7 @@ class Subject:
         return [part for part in self.model.modules() if getattr(part, "made_by", None) == "quantize"]
 
     def _called(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Any:
+        _forget_longer_texts(self.model)
         with evaluating(self.model):
             return self.model(**inputs, **wanted)
 
@@ -251,6 +255,17 @@ class Subject:
             if found is not None:
                 return found
         raise ArgumentError(f"the config of {self.name} must say {names[0]}; it does not. Add it to config.json.")
+
+
+def _forget_longer_texts(model: nn.Module) -> None:
+    """Give dynamic RoPE of transformers its first angles: those of the longest text it met would stay for shorter ones.
+
+    It takes them back by itself only for texts below the trained length.
+    """
+    for part in model.modules():
+        if getattr(part, "rope_type", None) == "dynamic" and isinstance(first := part.original_inv_freq, Tensor):
+            part.get_buffer("inv_freq").copy_(first)
+            cast("Any", part).max_seq_len_cached = cast("Any", part).original_max_seq_len
 
 
 def _answer(output: Any) -> Tensor:

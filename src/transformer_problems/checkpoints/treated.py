@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from transformer_problems.checkpoints.quiet import quiet
@@ -65,7 +66,10 @@ def finish(folder: Path, out: Path) -> None:
         OutputError: If something has that name by now.
     """
     require_free(out)
-    folder.chmod(0o777 & ~_umask())  # a temporary folder is its owner's alone
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone, and so are files of safetensors
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
     try:
         folder.rename(out)
     except OSError as error:
@@ -96,9 +100,14 @@ def write_treated(subject: Subject, folder: Path) -> None:
             else:
                 model.save_pretrained(folder)
             _write_reader(subject, folder)
+        if subject.folder is not None:
+            _copy_sentence_parts(subject.folder, folder)
         (folder / RECORD).write_text(json.dumps(_told(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {error.filename or folder}: {error.strerror}. Free some space.") from error
+    except (OSError, SafetensorError, OutputError) as error:
+        told = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        raise OutputError(
+            f"cannot write the treated model into {folder.parent}: {told}. Free some space, or choose another folder."
+        ) from error
 
 
 def read_record(folder: Path) -> TreatmentRecord | None:
@@ -137,7 +146,7 @@ def load_codes(transformers: Any, folder: Path, record: TreatmentRecord) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         empty: nn.Module = getattr(transformers, config.architectures[0])._from_config(config, dtype=config.dtype)
         chain = Chain(*(QuantizeInt8(skip=step.skip) for step in record.steps if step.skip is not None))
-        return load_treated(folder / CODES, empty, chain)
+        return load_treated(folder / CODES, empty, chain).requires_grad_(False)  # codes give no gradients
     except Exception as error:  # whatever a damaged config, record or file leads to
         told = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder} cannot be read as it was treated: {told}") from error
@@ -147,9 +156,39 @@ def _write_reader(subject: Subject, folder: Path) -> None:
     reader = subject.tokenizer
     if hasattr(reader, "save_pretrained"):
         reader.save_pretrained(folder)
+        _drop_own_options(folder / "tokenizer_config.json")
     elif reader is not None:
         statistics = {"image_mean": reader.image_mean, "image_std": reader.image_std}
         (folder / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_sentence_parts(source: Path, folder: Path) -> None:
+    """What makes an encoder one of sentences, in the layout of sentence-transformers: how states are pooled, and so on.
+
+    Raises:
+        OutputError: If its list of parts is damaged.
+    """
+    listed = source / "modules.json"
+    if not listed.is_file():
+        return
+    try:
+        parts = [str(part["path"]) for part in json.loads(listed.read_text(encoding="utf-8"))]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise OutputError(f"cannot copy what {listed} lists: it is damaged ({error!r}). Download it again.") from error
+    for file in (listed, *source.glob("*sentence*.json")):
+        shutil.copy(file, folder)
+    for part in parts:
+        inside = source.resolve() in (source / part).resolve().parents  # "" is the encoder itself
+        if inside and (source / part).is_dir():
+            shutil.copytree(source / part, folder / part)
+
+
+def _drop_own_options(file: Path) -> None:
+    """Of a tokenizer's settings, how it was read here: transformers writes that down with the rest."""
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _told(record: TreatmentRecord) -> dict[str, Any]:

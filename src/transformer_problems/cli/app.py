@@ -9,6 +9,7 @@ import typer
 
 from transformer_problems import __version__
 from transformer_problems.catalogue import Problem, load_catalogue
+from transformer_problems.core.errors import ArgumentError
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -192,10 +193,14 @@ def diagnose(
 
 @app.command()
 def apply(
-    solutions: Annotated[
-        list[str], typer.Argument(metavar="SOLUTION...", help="rope-scaling, quantization, kv-cache; in this order.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOLUTION... MODEL",
+            help="rope-scaling, quantization, kv-cache, in the order in which to apply them; then a checkpoint's "
+            "folder or Hugging Face id.",
+        ),
     ],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder or Hugging Face id.")],
     out: Annotated[Path, typer.Option(parser=_folder, metavar="DIR", help="New folder for the treated checkpoint.")],
     data: Annotated[
         Path | None, typer.Option(parser=_folder, metavar="PATH", help="Your own text, or folder of texts or images.")
@@ -225,6 +230,13 @@ def apply(
     """
     from transformer_problems.cli.apply import TreatmentRequest, treat_model
 
+    *solutions, model = names
+    if not solutions:
+        raise typer.BadParameter(
+            f"a solution and then a model are needed, as in apply rope-scaling ./my-model; got {model}."
+        )
+    if Path(solutions[0]).exists():
+        raise ArgumentError(f"solutions come first, and the model last; {solutions[0]} is a place on this disk.")
     treat_model(
         TreatmentRequest(
             tuple(solutions),

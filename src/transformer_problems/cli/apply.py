@@ -18,12 +18,13 @@ from transformer_problems.cli.diagnose import NARROW, print_head, require_writab
 from transformer_problems.clinic.contract import Clause, State, Verdict
 from transformer_problems.clinic.diagnose import caution_of, describe, material_for
 from transformer_problems.clinic.receipts import Receipt
-from transformer_problems.clinic.treat import chosen_treatments, prove
+from transformer_problems.clinic.treat import Outcome, chosen_treatments, prove
 from transformer_problems.clinic.treatment import Treatment, require_applicable
 from transformer_problems.clinic.treatments.rope_scaling import RoPEScaling
 from transformer_problems.core.errors import ArgumentError, OutputError
 from transformer_problems.core.records import Interval
 from transformer_problems.lab.device import DeviceChoice, resolve_device
+from transformer_problems.report.formatting import format_number
 
 _STYLES: dict[State | Verdict, str] = {
     "kept": "green",
@@ -64,8 +65,7 @@ def treat_model(request: TreatmentRequest) -> None:
     treatments = _with_factor(chosen_treatments(request.solutions), request.factor)
     require_free(request.out)
     require_writable(request.json_file)
-    if request.json_file is not None and request.json_file.resolve() == request.out.resolve():
-        raise OutputError(f"--out and --json must name two places; got {request.out} twice. Rename one.")
+    _keep_apart(request)
     subject = load_subject(
         request.model,
         device=resolve_device(request.device),
@@ -85,10 +85,29 @@ def treat_model(request: TreatmentRequest) -> None:
             on_clause=lambda clause: _print_clause(console, clause),
             on_step=status.update,
         )
-    _write_json(request.json_file, outcome.receipt)
-    _print_end(console, outcome.receipt, request)
+    _print_end(console, outcome)
+    _write_json(console, request.json_file, outcome.receipt)
     if outcome.receipt.written is None:
         raise typer.Exit(_NOT_WRITTEN)
+
+
+def _keep_apart(request: TreatmentRequest) -> None:
+    """That nothing is written over, or into, what is read.
+
+    Raises:
+        OutputError: If it were.
+    """
+    source, data = Path(request.model).expanduser(), request.data
+    places = {"--out": request.out, "--json": request.json_file}
+    for option, place in places.items():
+        if place is None:
+            continue
+        if source.is_dir() and place.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"{option} must be outside of the model's folder; got {place}. Name another place.")
+        if data is not None and data.exists() and place.resolve() == data.resolve():
+            raise OutputError(f"{option} must not be what --data names; got {place}. Name another place.")
+    if request.json_file is not None and request.json_file.resolve().is_relative_to(request.out.resolve()):
+        raise OutputError(f"--json must be outside of --out, which is a folder of its own; got {request.json_file}.")
 
 
 def _with_factor(treatments: list[Treatment], factor: float | None) -> list[Treatment]:
@@ -100,7 +119,8 @@ def _with_factor(treatments: list[Treatment], factor: float | None) -> list[Trea
 
 
 def _print_clause(console: Console, clause: Clause) -> None:
-    told = Text.assemble(clause.label, "  ", *_change(clause), (f"   ({clause.rule})", "dim"))
+    left = f"; what is left is {clause.left}" if clause.left in ("mild", "severe") else ""
+    told = Text.assemble(clause.label, "  ", *_change(clause), (left, "yellow"), (f"   ({clause.rule})", "dim"))
     number = "" if clause.problem is None else f"{clause.problem:02d}"
     word = (clause.state, _STYLES[clause.state])
     if console.width < NARROW:
@@ -119,8 +139,8 @@ def _change(clause: Clause) -> tuple[str, ...]:
     """Before and after with the effect and its interval; where it was counted, without."""
     effect, unit = clause.effect, f" {clause.unit}" if clause.unit != "1" else ""
     if clause.before is None or clause.after is None:
-        return (f"{_interval(effect, '.3g')}{unit}",)
-    ends = f"{clause.before.value:.4g} → {clause.after.value:.4g}{unit}"
+        return (f"{_interval(effect, '.4g')}{unit}",)
+    ends = f"{format_number(clause.before.value, 4)} → {format_number(clause.after.value, 4)}{unit}"
     if clause.compare == "ratio":
         return ends, f", {_interval(effect, '.2f')}x"
     return ends, f", {_interval(effect, '+.3f')}"
@@ -131,7 +151,8 @@ def _interval(value: Interval, form: str) -> str:
     return middle if value.low == value.high else f"{middle} (95%: {value.low:{form}} to {value.high:{form}})"
 
 
-def _print_end(console: Console, receipt: Receipt, request: TreatmentRequest) -> None:
+def _print_end(console: Console, outcome: Outcome) -> None:
+    receipt, record = outcome.receipt, outcome.subject.record
     for solution, settings in receipt.settings.items():
         if why := settings.get("why"):
             console.print(Text(f"{solution}: {why}", style="dim"))
@@ -139,19 +160,26 @@ def _print_end(console: Console, receipt: Receipt, request: TreatmentRequest) ->
     console.print(
         Text.assemble(f"\n{names}: ", (receipt.verdict, _STYLES[receipt.verdict]), f"      {receipt.seconds:.0f} s")
     )
+    if receipt.caution is not None and receipt.verdict == "inconclusive":
+        console.print("these texts cannot tell more: see the caution above", style="yellow")
     if receipt.written is None:
         console.print("nothing was written; to write it all the same, add --write-anyway", style="yellow")
-    else:
-        console.print(f"wrote {receipt.written}", soft_wrap=True)
-        console.print(Text(f"examine it: transformer-problems diagnose {receipt.written}", style="dim"), soft_wrap=True)
-    if request.json_file is not None:
-        console.print(f"wrote {request.json_file}", soft_wrap=True)
+        return
+    console.print(f"wrote {receipt.written}", soft_wrap=True)
+    has_codes = record is not None and record.holds_codes
+    reader = "transformer_problems.load_subject(FOLDER).model" if has_codes else "from_pretrained of transformers"
+    for told in (f"load it: {reader}", f"examine it: transformer-problems diagnose {receipt.written}"):
+        console.print(Text(told, style="dim"), soft_wrap=True)
 
 
-def _write_json(file: Path | None, receipt: Receipt) -> None:
+def _write_json(console: Console, file: Path | None, receipt: Receipt) -> None:
     """Whole or not at all."""
     if file is None:
         return
     unfinished = file.with_name(f".{file.name}.part")
-    unfinished.write_text(json.dumps(receipt.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    try:
+        unfinished.write_text(json.dumps(receipt.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    console.print(f"wrote {file}", soft_wrap=True)

@@ -127,7 +127,9 @@ def require_writable(file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir() or not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+    if file.is_dir():
+        raise OutputError(f"cannot write {file}: it is a folder. Name a file.")
+    if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
         raise OutputError(f"cannot write {file}: its folder is missing or may not be written to. Choose another.")
 
 

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from transformer_problems.catalogue.checkups import load_checkups
 from transformer_problems.checkpoints.checkup import Visit, exactly
 from transformer_problems.checkpoints.decoding import CachedText, next_token_flops, uses_cache
 from transformer_problems.checkpoints.lengths import longest_input
@@ -56,10 +58,9 @@ def reading_on(before: Visit, after: Visit) -> Iterator[Clause]:
 
 
 def _of_lengths(label: str, old: list[float], new: list[float]) -> Clause:
-    effect = paired_difference([old], [new])
-    return claimed(
-        9, label, "nats a token", mean_interval([old]), mean_interval([new]), effect, "difference", _LEAST_NATS
-    )
+    effect, after = paired_difference([old], [new]), mean_interval([new])
+    clause = claimed(9, label, "nats a token", mean_interval([old]), after, effect, "difference", _LEAST_NATS)
+    return replace(clause, left=load_checkups()[9].thresholds["beyond_loss"].severity(after.value))
 
 
 def _read_beside_cache(visit: Visit, text: Tensor, trained: int) -> Tensor:

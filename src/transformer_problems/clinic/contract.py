@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformer_problems.checkpoints.checkup import Visit, exactly
 from transformer_problems.checkpoints.subject import Inputs, Subject
 from transformer_problems.clinic.excerpts import losses_by_text, to_judge, within
+from transformer_problems.core.findings import Severity
 from transformer_problems.core.records import Interval
 from transformer_problems.lab.statistics import mean_interval, paired_difference
 
@@ -37,6 +38,7 @@ class Clause:
         rule: What has to hold of it, in words.
         problem: Of a claim, the problem that is to be eased.
         change: Of a claim, what became of it.
+        left: Of a claim that a check-up reads alike, how grave what is left is by its thresholds.
     """
 
     name: Literal["quality", "claim", "read back"]
@@ -50,15 +52,20 @@ class Clause:
     state: State
     problem: int | None = None
     change: Change | None = None
+    left: Severity | None = None
 
 
-def verdict(clauses: Sequence[Clause]) -> Verdict:
-    """What all clauses amount to."""
+def verdict(clauses: Sequence[Clause], *, on_foreign_texts: bool = False) -> Verdict:
+    """What all clauses amount to.
+
+    Args:
+        on_foreign_texts: Whether they were measured on texts that say little of the model, by which nothing helps.
+    """
     quality = [clause.state for clause in clauses if clause.name == "quality"]
     changes = [clause.change for clause in clauses if clause.name == "claim"]
     if "broken" in quality or "worse" in changes:
         return "hurts"
-    if any(clause.state != "kept" for clause in clauses if clause.name != "claim"):
+    if on_foreign_texts or any(clause.state != "kept" for clause in clauses if clause.name != "claim"):
         return "inconclusive"
     if "better" in changes:
         return "helps"
@@ -102,7 +109,7 @@ def quality(before: Visit, after: Visit) -> Clause:
     num, length = within(before)
     texts = to_judge(before, num, length)
     old, new = (losses_by_text(visit.subject, texts, visit)[None].numpy() for visit in (before, after))
-    label, rule = f"loss on {num} texts of {length:,} tokens", f"grows by at most {MOST_LOSS:g}"
+    label, rule = f"loss on {len(texts)} texts of {length:,} tokens", f"grows by at most {MOST_LOSS:g}"
     if not np.isfinite(new).all():
         broken = exactly(inf)
         return Clause(

@@ -11,6 +11,7 @@ from torch import nn
 from transformer_problems import __version__
 from transformer_problems.catalogue import Problem, load_catalogue
 from transformer_problems.checkpoints.checkup import Visit
+from transformer_problems.checkpoints.foreign import caution_about
 from transformer_problems.checkpoints.loading import load_subject, subject_of
 from transformer_problems.checkpoints.subject import Subject
 from transformer_problems.checkpoints.treated import finish, require_free, unfinished_folder, write_treated
@@ -69,6 +70,8 @@ def treat(
     if device not in get_args(DeviceChoice):
         raise ArgumentError(f"device must be one of {', '.join(get_args(DeviceChoice))}; got {device!r}.")
     treatments = chosen_treatments(solutions)
+    if out is not None and not isinstance(out, str | Path):
+        raise ArgumentError(f"out must be the path of a new folder; got {out!r}. Leave it out to write nothing.")
     target = None if out is None else Path(out)
     if target is not None:
         require_free(target)
@@ -90,6 +93,8 @@ def chosen_treatments(solutions: Sequence[str | Treatment]) -> list[Treatment]:
         raise ArgumentError(
             f"solutions must be a list of one solution or more, as ['rope-scaling']; got {solutions!r}."
         )
+    if strange := next((one for one in solutions if not isinstance(one, str) and not hasattr(one, "claims")), None):
+        raise ArgumentError(f"solutions must be names or treatments, as 'rope-scaling'; got {strange!r}.")
     found = [load_treatment(one) if isinstance(one, str) else one for one in solutions]
     slugs = [treatment.solution for treatment in found]
     if twice := next((slug for slug in slugs if slugs.count(slug) > 1), None):
@@ -125,7 +130,7 @@ def prove(
         for clause in _clauses(visit, after, problems, folder):
             clauses.append(clause)
             on_clause(clause)
-        word = verdict(clauses)
+        word = verdict(clauses, on_foreign_texts=caution_about(visit) is not None)
         on_step("examining for the problems it is to ease")
         before_found, after_found = (tuple(examine(each, problems)) for each in (visit, after))
         written = out is not None and (word == "helps" or write_anyway)

@@ -14,7 +14,7 @@ from transformer_problems.core.errors import CombinationError
 from transformer_problems.core.findings import Finding
 
 # roles of solutions that change what a model learns, and so have to be there while it does
-_TRAINED_ANEW = ("attention", "position", "recurrence", "residual", "normalization", "tokens", "training", "adaptation")
+_TRAINED_ANEW = ("attention", "position", "recurrence", "residual", "normalization", "tokens", "training")
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def amx_refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"q, k and v must be on the CPU for AMX; got {q.device}, {k.device} and {v.device}. "
             "Move them, or use backend='sdpa'."
         )
-    if q.dim() != 4 or q.shape[::3] != k.shape[::3] or k.shape != v.shape:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[::3] != k.shape[::3] or k.shape != v.shape:
         return (
             "q must be [B, H, N, D], k and v [B, G, M, D] for AMX; got "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}. Reshape them, or use backend='sdpa'."

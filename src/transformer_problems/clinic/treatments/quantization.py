@@ -55,7 +55,7 @@ class Quantization:
             "inputs": "int8, a scale for each row, found as it comes",
             "layers": len(rounded),
             "left_in_floats": list(skip),
-            "why": "the head, and weights that two parts share, stay in floats",
+            "why": f"a head, and weights that two parts share, stay in floats: {len(skip)} here",
         }
         return Treated(treated, settings, skip)
 
