@@ -257,6 +257,13 @@ def test_nothing_to_attend_to() -> None:
     assert flash_attention_amx(q[:0], k[:0], v[:0]).shape == (0, 2, 5, 16)
 
 
+def test_a_lack_of_memory_is_an_error() -> None:
+    q, k, _ = draw(1, 1, 1, 16, 1, 64)
+    k = k.expand(1, 1, 2**41, 64)  # of which a copy is larger than any address
+    with pytest.raises(MemoryError, match="no memory for a copy of k and v"):
+        flash_attention_amx(q, k, k)
+
+
 def test_meters_count_it() -> None:
     q, k, v = draw(1, 4, 2, 33, 70, 16)
     with FlopCounterMode(display=False) as counter:

@@ -17,6 +17,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
+#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <vector>
@@ -308,14 +310,16 @@ void forward(const Sizes& s, Heads<const uint16_t> q, Heads<const uint16_t> k, H
   const int64_t heads = s.batch * s.heads, blocks = up_to(s.queries, kRows) / kRows;
   const int64_t share = heads * blocks / (4 * s.workers);  // four tasks a worker keep all at work to the end
   const int64_t together = share < 1 ? 1 : least(share, kBlocks), tasks = up_to(blocks, together) / together;
+  std::vector<std::unique_ptr<Room>> rooms(s.workers);  // here, for what lacks memory within ends the process
+  for (auto& room : rooms) room.reset(new Room);
 #pragma omp parallel num_threads(s.workers)
   {
-    const std::unique_ptr<Room> room(new Room);
+    Room& room = *rooms[omp_get_thread_num()];
     pack_together(s, k, v, packed);
     _tile_loadconfig(&kWholeTiles);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < heads * tasks; ++i)  // those with the most keys first
-      attend(s, i / tasks / s.heads, i / tasks % s.heads, tasks - 1 - i % tasks, together, q, packed, out, *room);
+      attend(s, i / tasks / s.heads, i / tasks % s.heads, tasks - 1 - i % tasks, together, q, packed, out, room);
     _tile_release();
   }
 }
@@ -329,13 +333,18 @@ extern "C" int64_t permit_tiles() {
 }
 
 // `tensors`: q, k, v, mask or null, out. `sizes`: those of Sizes in order, then batch, head and token strides of q, k,
-// v and out.
-extern "C" void flash_attention_bfloat16(void* const* tensors, const int64_t* sizes) {
+// v and out. Returns 0, or 1 where there was not enough memory.
+extern "C" int64_t flash_attention_bfloat16(void* const* tensors, const int64_t* sizes) {
   const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};
   const int64_t* strides = sizes + 8;
   const auto read = [&](int64_t i) {
     return Heads<const uint16_t>{(const uint16_t*)tensors[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
   };
-  forward(s, read(0), read(1), read(2), (const uint8_t*)tensors[3],
-          Heads<uint16_t>{(uint16_t*)tensors[4], strides[9], strides[10], strides[11]});
+  try {
+    forward(s, read(0), read(1), read(2), (const uint8_t*)tensors[3],
+            Heads<uint16_t>{(uint16_t*)tensors[4], strides[9], strides[10], strides[11]});
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }

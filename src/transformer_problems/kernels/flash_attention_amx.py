@@ -46,6 +46,7 @@ def flash_attention_amx(
         DeviceError: If this machine's processor or system has no AMX.
         MissingDependencyError: If there is no C++ compiler.
         KernelBuildError: If the kernel cannot be built, or the system refuses this process the use of tiles.
+        MemoryError: If there is no room for the copy of k and v.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135, algorithm 1. Differs from the paper: queries are the outer loop (as in Dao
@@ -135,7 +136,7 @@ def _library() -> ctypes.CDLL:
     """The kernel, once the system lets this process use tiles."""
     require_amx("flash_attention_amx")
     library = load(_SOURCE, extra_flags=_FLAGS)
-    library.flash_attention_bfloat16.restype = None
+    library.flash_attention_bfloat16.restype = ctypes.c_int64
     library.permit_tiles.restype = ctypes.c_int64
     error = library.permit_tiles()
     if error:
@@ -170,7 +171,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, is_causal
     lengths = (batch_size, num_heads, num_groups, num_queries, num_keys, head_dim, is_causal, workers)
     strides = [stride for x in (q, k, v, out) for stride in x.stride()[:3]]
     addresses = (ctypes.c_void_p * 5)(*(None if t is None else t.data_ptr() for t in (q, k, v, seen, out)))
-    _library().flash_attention_bfloat16(addresses, (ctypes.c_int64 * 20)(*lengths, *strides))
+    if _library().flash_attention_bfloat16(addresses, (ctypes.c_int64 * 20)(*lengths, *strides)):
+        raise MemoryError(f"there is no memory for a copy of k and v, {shown(k)} each. Take fewer keys at a time.")
     return out
 
 
