@@ -1,6 +1,5 @@
 """The command that treats a checkpoint: what has to hold, clause by clause, and the treated folder where it helps."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject
 from transformer_problems.checkpoints.treated import require_free
 from transformer_problems.cli.diagnose import NARROW, print_head, require_writable
+from transformer_problems.cli.json_files import write_json
 from transformer_problems.clinic.contract import Clause, State, Verdict
 from transformer_problems.clinic.diagnose import caution_of, describe, material_for
-from transformer_problems.clinic.receipts import Receipt
 from transformer_problems.clinic.treat import Outcome, chosen_treatments, prove
 from transformer_problems.clinic.treatment import Treatment, require_applicable
 from transformer_problems.clinic.treatments.rope_scaling import RoPEScaling
@@ -86,7 +85,9 @@ def treat_model(request: TreatmentRequest) -> None:
             on_step=status.update,
         )
     _print_end(console, outcome)
-    _write_json(console, request.json_file, outcome.receipt)
+    write_json(request.json_file, outcome.receipt.to_json())
+    if request.json_file is not None:
+        console.print(f"wrote {request.json_file}", soft_wrap=True)
     if outcome.receipt.written is None:
         raise typer.Exit(_NOT_WRITTEN)
 
@@ -160,7 +161,7 @@ def _print_end(console: Console, outcome: Outcome) -> None:
     console.print(
         Text.assemble(f"\n{names}: ", (receipt.verdict, _STYLES[receipt.verdict]), f"      {receipt.seconds:.0f} s")
     )
-    if receipt.caution is not None and receipt.verdict == "inconclusive":
+    if receipt.on_foreign_texts and receipt.verdict == "inconclusive":
         console.print("these texts cannot tell more: see the caution above", style="yellow")
     if receipt.written is None:
         console.print("nothing was written; to write it all the same, add --write-anyway", style="yellow")
@@ -170,16 +171,3 @@ def _print_end(console: Console, outcome: Outcome) -> None:
     reader = "transformer_problems.load_subject(FOLDER).model" if has_codes else "from_pretrained of transformers"
     for told in (f"load it: {reader}", f"examine it: transformer-problems diagnose {receipt.written}"):
         console.print(Text(told, style="dim"), soft_wrap=True)
-
-
-def _write_json(console: Console, file: Path | None, receipt: Receipt) -> None:
-    """Whole or not at all."""
-    if file is None:
-        return
-    unfinished = file.with_name(f".{file.name}.part")
-    try:
-        unfinished.write_text(json.dumps(receipt.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    console.print(f"wrote {file}", soft_wrap=True)

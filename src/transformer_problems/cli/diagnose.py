@@ -1,6 +1,5 @@
 """The command that examines a checkpoint: findings as they are made, a report for people, one for programs."""
 
-import json
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from transformer_problems.checkpoints.bundled import bundled
 from transformer_problems.checkpoints.checkup import Visit
 from transformer_problems.checkpoints.loading import load_subject
 from transformer_problems.checkpoints.subject import Subject
+from transformer_problems.cli.json_files import write_json
 from transformer_problems.cli.tables import named_problem
 from transformer_problems.clinic.diagnose import begin, examine, finished, material_for
 from transformer_problems.clinic.diagnosis import Description, Diagnosis, failing
@@ -89,7 +89,7 @@ def diagnose_model(request: DiagnosisRequest) -> None:
         for finding in _with_progress(visit, problems, request.budget_s):
             found = found.with_finding(finding, perf_counter() - started)
             _print_finding(console, finding)
-            _write_json(request.json_file, found)
+            write_json(request.json_file, found.to_json())
         found = finished(found)
     except KeyboardInterrupt:
         _keep(console, found, request, subject)
@@ -102,7 +102,7 @@ def diagnose_model(request: DiagnosisRequest) -> None:
 
 def _keep(console: Console, found: Diagnosis, request: DiagnosisRequest, subject: Subject) -> None:
     """Write and tell what was found, be it all that was asked for or what was finished when the user stopped it."""
-    _write_json(request.json_file, found)
+    write_json(request.json_file, found.to_json())
     if request.html_file is not None:
         write_diagnosis(request.html_file, found, load_catalogue())
     _print_end(console, found, request)
@@ -210,12 +210,3 @@ def _print_hint(console: Console, found: Diagnosis, request: DiagnosisRequest, s
         model = shlex.quote(str(bundled("base") if request.model is None else request.model))
         told = f"try it: transformer-problems apply {solution} {model} --out DIR{data}"
         console.print(Text(told, style="dim"), soft_wrap=True)
-
-
-def _write_json(file: Path | None, found: Diagnosis) -> None:
-    """Whole or not at all, however the run ends."""
-    if file is None:
-        return
-    unfinished = file.with_name(f".{file.name}.part")
-    unfinished.write_text(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(file)

@@ -95,7 +95,7 @@ def claimed(
         change = "worse"
     elif low <= effect.low and effect.high <= high:
         change = "same"
-    state: State = {"better": "kept", "not sure": "not sure"}.get(change, "broken")  # type: ignore[assignment]
+    state: State = "kept" if change == "better" else "not sure" if change == "not sure" else "broken"
     least = f"{margin:g} {unit}" if compare == "difference" else f"{margin:.0%}"
     return Clause(
         "claim", label, unit, before, after, effect, compare, f"lower by more than {least}", state, problem, change

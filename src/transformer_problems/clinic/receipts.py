@@ -22,6 +22,7 @@ class Receipt:
         treated: As it is.
         solutions: In the order in which they were applied.
         settings: Of each, what was chosen and why.
+        on_foreign_texts: Whether the texts say little of the model, by which nothing helps.
         findings_before, findings_after: Of the check-ups of the claimed problems.
         written: The folder, where it was.
         caution: What to know before the clauses.
@@ -35,6 +36,7 @@ class Receipt:
     seed: int
     clauses: tuple[Clause, ...]
     verdict: Verdict
+    on_foreign_texts: bool
     findings_before: tuple[Finding, ...]
     findings_after: tuple[Finding, ...]
     environment: Environment

@@ -130,7 +130,8 @@ def prove(
         for clause in _clauses(visit, after, problems, folder):
             clauses.append(clause)
             on_clause(clause)
-        word = verdict(clauses, on_foreign_texts=caution_about(visit) is not None)
+        is_foreign = caution_about(visit) is not None
+        word = verdict(clauses, on_foreign_texts=is_foreign)
         on_step("examining for the problems it is to ease")
         before_found, after_found = (tuple(examine(each, problems)) for each in (visit, after))
         written = out is not None and (word == "helps" or write_anyway)
@@ -147,6 +148,7 @@ def prove(
         seed=visit.seed,
         clauses=tuple(clauses),
         verdict=word,
+        on_foreign_texts=is_foreign,
         findings_before=before_found,
         findings_after=after_found,
         environment=describe_environment(visit.subject.device, __version__),
